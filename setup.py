@@ -1,0 +1,52 @@
+"""Packaging: `tinymim_fast`, with the folder kernels/ installed as `tinymim_fast.kernels`."""
+
+from pathlib import Path
+
+from setuptools import setup
+
+HERE = Path(__file__).parent
+VERSION = (HERE / "tinymim_fast" / "version.py").read_text().split('"')[1]
+
+TRAIN = [
+    "timm>=1.0.15,<1.1",
+    "deepspeed>=0.19,<0.20",
+    "xformers>=0.0.35",
+    "torchvision>=0.26",
+    "safetensors>=0.5",
+    "jsonargparse>=4.40",
+    "PyYAML>=6",
+    "tensorboard>=2.18",
+    "tqdm>=4.66",
+    "matplotlib>=3.9",
+    "Pillow>=11",
+]
+
+setup(
+    name="tinymim_fast",
+    version=VERSION,
+    description="Distil vision transformers by token relations, with fused kernels",
+    long_description=(HERE / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=[
+        "tinymim_fast",
+        "tinymim_fast.data",
+        "tinymim_fast.kernels",
+        "tinymim_fast.models",
+        "tinymim_fast.recipes",
+        "tinymim_fast.targets",
+    ],
+    package_dir={"tinymim_fast": "tinymim_fast", "tinymim_fast.kernels": "kernels"},
+    package_data={"tinymim_fast.recipes": ["*.yaml"]},
+    install_requires=[
+        "torch>=2.6",
+        "triton>=3.2; platform_system == 'Linux'",
+        "numpy>=1.26",
+    ],
+    extras_require={
+        "train": [*TRAIN, "nvidia-dali-cuda130>=2.4,<3; platform_system == 'Linux'"],
+        "train-cu12": [*TRAIN, "nvidia-dali-cuda120>=2.2,<3; platform_system == 'Linux'"],
+        "dev": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.9"],
+    },
+)
