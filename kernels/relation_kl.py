@@ -1,0 +1,291 @@
+"""The op: checks, dispatch, torch.library registration, autograd."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from tinymim_fast.kernels import chunked, reference
+
+REDUCTIONS = ("none", "mean", "sum")
+
+# Each computes the row losses and writes the student's gradient, with the arguments of chunked.relation_kl.
+FUSED = {"chunked": chunked.relation_kl}
+BACKENDS = ("auto", "reference", *FUSED)
+
+
+def relation_kl(
+    x_s: Tensor,
+    y_s: Tensor,
+    x_t: Tensor,
+    y_t: Tensor,
+    *,
+    scale_s: float | None = None,
+    scale_t: float | None = None,
+    lengths: Tensor | None = None,
+    reduction: str = "mean",
+    backend: str = "auto",
+) -> Tensor:
+    """KL divergence from a student's token relations to a teacher's.
+
+        R = softmax(scale * x y^T)                                             (B, H, N, N), never kept
+        loss[b, h, i] = sum_j R_t[b, h, i, j] * (log R_t[b, h, i, j] - log R_s[b, h, i, j])
+
+    Student first, as in torch.nn.functional.kl_div. x and y are queries and keys for the relation QK, twice
+    the values for VV. The gradient is computed together with the loss and kept for the backward pass in the
+    student's dtype, except for reduction "none": there each row has its own upstream gradient, so the
+    backward pass computes the maps again. Only first derivatives; backend "reference" has all of them.
+
+    Args:
+        x_s, y_s: student, (B, H, N, D_s), fp16, bf16, fp32 or fp64, both of one dtype, any strides with the
+            last dimension contiguous. They may be one tensor.
+        x_t, y_t: teacher, (B, H, N, D_t), on the same device, without gradient; their dtype may differ from
+            the student's.
+        scale_s, scale_t: factors on the logits, D ** -0.5 of the model that the tensor comes from if None.
+        lengths: (B,) integers from 0 to N on the same device. Rows and columns beyond the length count
+            nothing and get a gradient of 0. Values are checked on the CPU only, where it costs no
+            synchronisation; elsewhere they act as if clamped.
+        reduction: "mean" over B, H and the valid query rows (0 where there are none), "sum", or "none".
+        backend: "auto", "chunked" or "reference"; "auto" is "chunked".
+
+    Returns:
+        A scalar, or (B, H, N) for "none" with 0 beyond the length; nats; fp64 where an input is fp64, else
+        fp32. NaN or infinity in an input gives a loss that is not finite.
+
+    Raises:
+        ValueError: an argument's shape, dtype, device, strides or value is wrong.
+        NotImplementedError: backend "triton", which this version does not have.
+
+    Memory: "chunked" keeps three maps of a chunk (6 MiB on the CPU, 192 MiB elsewhere, or 3 N * N if that is
+    more) and the student's gradient; "reference" keeps whole (B, H, N, N) maps.
+
+    Source: TinyMIM, CVPR 2023, arXiv 2301.01296.
+    """
+    check_backend(backend)
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction: got {reduction!r}, want one of {REDUCTIONS}")
+    _check_tensors(x_s=x_s, y_s=y_s, x_t=x_t, y_t=y_t)
+    check_lengths(lengths, x_s, num_images=x_s.shape[0], num_tokens=x_s.shape[2])
+    scale_s = _check_scale("scale_s", scale_s, x_s)
+    scale_t = _check_scale("scale_t", scale_t, x_t)
+
+    if backend == "reference":
+        rows = reference.relation_kl(x_s, y_s, x_t, y_t, scale_s=scale_s, scale_t=scale_t, lengths=lengths)
+        return reduce_rows(rows, lengths, reduction)
+    want_grad = torch.is_grad_enabled() and reduction != "none"
+    want_x, want_y = want_grad and x_s.requires_grad, want_grad and y_s.requires_grad
+    backend = resolve_backend(backend)
+    return _relation_kl(x_s, y_s, x_t, y_t, lengths, scale_s, scale_t, reduction, backend, want_x, want_y)[0]
+
+
+@torch.library.custom_op("tinymim_fast::relation_kl", mutates_args=())
+def _relation_kl(
+    x_s: Tensor,
+    y_s: Tensor,
+    x_t: Tensor,
+    y_t: Tensor,
+    lengths: Tensor | None,
+    scale_s: float,
+    scale_t: float,
+    reduction: str,
+    backend: str,
+    want_x: bool,
+    want_y: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss, and the gradient of the *sum* of the rows (empty where not wanted)."""
+    d_x, d_y = _empty_gradients(x_s, y_s, want_x, want_y)
+    rows = FUSED[backend](
+        x_s,
+        y_s,
+        x_t,
+        y_t,
+        scale_s=scale_s,
+        scale_t=scale_t,
+        lengths=lengths,
+        d_x=d_x if want_x else None,
+        d_y=d_y if want_y else None,
+    )
+    return reduce_rows(rows, lengths, reduction), d_x, d_y
+
+
+@_relation_kl.register_fake
+def _(x_s, y_s, x_t, y_t, lengths, scale_s, scale_t, reduction, backend, want_x, want_y):
+    shape = x_s.shape[:3] if reduction == "none" else ()
+    loss = x_s.new_empty(shape, dtype=reference.working_dtype(x_s, x_t))
+    return loss, *_empty_gradients(x_s, y_s, want_x, want_y)
+
+
+@torch.library.custom_op("tinymim_fast::relation_kl_backward", mutates_args=())
+def _relation_kl_backward(
+    d_rows: Tensor,
+    x_s: Tensor,
+    y_s: Tensor,
+    x_t: Tensor,
+    y_t: Tensor,
+    lengths: Tensor | None,
+    scale_s: float,
+    scale_t: float,
+    backend: str,
+    want_x: bool,
+    want_y: bool,
+) -> tuple[Tensor, Tensor]:
+    """The gradient for reduction "none", from the upstream gradient of the rows."""
+    d_x, d_y = _empty_gradients(x_s, y_s, want_x, want_y)
+    FUSED[backend](
+        x_s,
+        y_s,
+        x_t,
+        y_t,
+        scale_s=scale_s,
+        scale_t=scale_t,
+        lengths=lengths,
+        row_weights=d_rows,
+        d_x=d_x if want_x else None,
+        d_y=d_y if want_y else None,
+    )
+    return d_x, d_y
+
+
+@_relation_kl_backward.register_fake
+def _(d_rows, x_s, y_s, x_t, y_t, lengths, scale_s, scale_t, backend, want_x, want_y):
+    return _empty_gradients(x_s, y_s, want_x, want_y)
+
+
+def _setup_context(ctx, inputs, output):
+    x_s, y_s, x_t, y_t, lengths, ctx.scale_s, ctx.scale_t, ctx.reduction, ctx.backend, *_ = inputs
+    _, d_x, d_y = output
+    ctx.mark_non_differentiable(d_x, d_y)
+    ctx.set_materialize_grads(False)
+    if ctx.reduction == "none":
+        ctx.save_for_backward(x_s, y_s, x_t, y_t, lengths)
+    else:
+        ctx.num_images, ctx.num_heads, ctx.num_tokens, _ = x_s.shape
+        ctx.save_for_backward(d_x, d_y, lengths)
+
+
+def _backward(ctx, d_loss, *_):
+    refuse_second_derivative()
+    if d_loss is None:
+        return (None,) * 11
+    want_x, want_y = ctx.needs_input_grad[:2]
+    if ctx.reduction == "none":
+        d_x, d_y = _relation_kl_backward(
+            d_loss, *ctx.saved_tensors, ctx.scale_s, ctx.scale_t, ctx.backend, want_x, want_y
+        )
+    else:
+        d_x, d_y, lengths = ctx.saved_tensors
+        if ctx.reduction == "mean":
+            d_loss = d_loss / count_rows(ctx.num_images, ctx.num_heads, ctx.num_tokens, lengths)
+        d_x, d_y = scaled(d_x, d_loss), scaled(d_y, d_loss)
+    return d_x if want_x else None, d_y if want_y else None, *[None] * 9
+
+
+_relation_kl.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _empty_gradients(x_s: Tensor, y_s: Tensor, want_x: bool, want_y: bool) -> tuple[Tensor, Tensor]:
+    d_x = torch.empty_like(x_s) if want_x else x_s.new_empty(0)
+    d_y = torch.empty_like(y_s) if want_y else y_s.new_empty(0)
+    return d_x, d_y
+
+
+def resolve_backend(backend: str) -> str:
+    """The fused backend that "auto" stands for."""
+    return "chunked" if backend == "auto" else backend
+
+
+def reduce_rows(rows: Tensor, lengths: Tensor | None, reduction: str) -> Tensor:
+    """(B, H, N) row losses, 0 beyond the length, to the loss."""
+    if reduction == "none":
+        return rows
+    return rows.sum() if reduction == "sum" else rows.sum() / count_rows(*rows.shape, lengths)
+
+
+def count_rows(num_images: int, num_heads: int, num_tokens: int, lengths: Tensor | None) -> int | Tensor:
+    """Valid query rows over all images and heads, at least 1; on the device of `lengths`, without a sync."""
+    if lengths is None:
+        return num_images * num_heads * num_tokens
+    return (lengths.long().clamp(0, num_tokens).sum() * num_heads).clamp(min=1)
+
+
+def scaled(gradient: Tensor, factor: Tensor) -> Tensor:
+    """gradient * factor in the factor's dtype: 1 / (B H N) underflows in fp16."""
+    return (gradient.to(factor.dtype) * factor).to(gradient.dtype)
+
+
+def refuse_second_derivative() -> None:
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "create_graph: got True, want False: the fused backends have first derivatives only, "
+            "backend='reference' has all"
+        )
+
+
+def check_backend(backend: str) -> None:
+    if backend == "triton":
+        raise NotImplementedError(f"backend: got 'triton', which is not in this version, want one of {BACKENDS}")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: got {backend!r}, want one of {BACKENDS}")
+
+
+def check_teacher(name: str, teacher: Tensor) -> None:
+    if teacher.requires_grad:
+        raise ValueError(
+            f"{name}: got requires_grad=True, want a teacher without gradient: "
+            f"run the teacher under torch.no_grad() or pass {name}.detach()"
+        )
+
+
+def check_strides(name: str, tensor: Tensor) -> None:
+    if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+        raise ValueError(f"{name}: got strides {tensor.stride()}, want a contiguous last dimension")
+
+
+def check_lengths(lengths: Tensor | None, like: Tensor, num_images: int, num_tokens: int) -> None:
+    if lengths is None:
+        return
+    if not isinstance(lengths, Tensor):
+        raise ValueError(f"lengths: got {type(lengths).__name__}, want a tensor")
+    if lengths.shape != (num_images,):
+        raise ValueError(f"lengths: got shape {tuple(lengths.shape)}, want ({num_images},)")
+    if lengths.dtype.is_floating_point or lengths.dtype.is_complex or lengths.dtype == torch.bool:
+        raise ValueError(f"lengths: got dtype {lengths.dtype}, want an integer dtype")
+    if lengths.device != like.device:
+        raise ValueError(f"lengths: got device {lengths.device}, want {like.device}")
+    # Reading values would be a sync on a GPU and a graph break under torch.compile.
+    if lengths.device.type == "cpu" and not torch.compiler.is_compiling():
+        low, high = lengths.min().item(), lengths.max().item()
+        if low < 0 or high > num_tokens:
+            raise ValueError(f"lengths: got values from {low} to {high}, want 0 to {num_tokens}")
+
+
+def _check_tensors(**tensors: Tensor) -> None:
+    for name, z in tensors.items():
+        if not isinstance(z, Tensor):
+            raise ValueError(f"{name}: got {type(z).__name__}, want a tensor")
+        if z.dim() != 4 or 0 in z.shape:
+            raise ValueError(f"{name}: got shape {tuple(z.shape)}, want (B, H, N, D), all at least 1")
+        if not z.dtype.is_floating_point:
+            raise ValueError(f"{name}: got dtype {z.dtype}, want a floating-point dtype")
+        check_strides(name, z)
+    x_s = tensors["x_s"]
+    for name, z in tensors.items():
+        if z.shape[:3] != x_s.shape[:3]:
+            raise ValueError(f"{name}: got (B, H, N) = {tuple(z.shape[:3])}, want {tuple(x_s.shape[:3])} as x_s has")
+        if z.device != x_s.device:
+            raise ValueError(f"{name}: got device {z.device}, want {x_s.device} as x_s has")
+    for x, y in (("x_s", "y_s"), ("x_t", "y_t")):
+        if tensors[y].shape != tensors[x].shape:
+            raise ValueError(f"{y}: got D = {tensors[y].shape[3]}, want {tensors[x].shape[3]} as {x} has")
+        if tensors[y].dtype != tensors[x].dtype:
+            raise ValueError(f"{y}: got dtype {tensors[y].dtype}, want {tensors[x].dtype} as {x} has")
+    check_teacher("x_t", tensors["x_t"])
+    check_teacher("y_t", tensors["y_t"])
+
+
+def _check_scale(name: str, scale: float | None, x: Tensor) -> float:
+    if scale is None:
+        return x.shape[3] ** -0.5
+    if not isinstance(scale, (int, float)) or not math.isfinite(scale):
+        raise ValueError(f"{name}: got {scale!r}, want a finite number or None")
+    return float(scale)

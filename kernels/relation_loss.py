@@ -1,0 +1,293 @@
+"""The relation losses of two packed qkv projections, with one packed gradient."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from tinymim_fast.kernels import reference
+from tinymim_fast.kernels.relation_kl import (
+    FUSED,
+    check_backend,
+    check_lengths,
+    check_strides,
+    check_teacher,
+    count_rows,
+    reduce_rows,
+    refuse_second_derivative,
+    resolve_backend,
+    scaled,
+)
+
+RELATIONS = ("qk", "vv", "qq", "kk")
+
+
+def relation_loss(
+    qkv_s: Tensor,
+    qkv_t: Tensor,
+    *,
+    relation_heads: int,
+    relations: Sequence[str] = ("qk", "vv"),
+    lengths: Tensor | None = None,
+    backend: str = "auto",
+) -> dict[str, Tensor]:
+    """Sum of the relation losses between two packed qkv projections.
+
+        loss = sum over relations xy of mean over (b, h, i) of KL(R_t[b, h, i] || R_s[b, h, i]),
+        R = softmax(x y^T / sqrt(C / relation_heads))
+
+    The projections are read where they lie and one packed gradient is written: no permuted or joined copies.
+    Relations that share a projection (such as qk and qq) cost one packed gradient more. Only first
+    derivatives; backend "reference" has all of them.
+
+    Args:
+        qkv_s: student, (B, N, 3 C_s), laid out as timm's `attn.qkv` gives it: q, k and v side by side, the
+            heads as consecutive groups of channels; fp16, bf16, fp32 or fp64, last dimension contiguous.
+        qkv_t: teacher, (B, N, 3 C_t), on the same device, without gradient; dtype and width may differ.
+        relation_heads: number of heads of both sides' relations; divides C_s and C_t. It need not be the
+            number of heads of either model's attention.
+        relations: different ones of "qk", "vv", "qq", "kk", at least one.
+        lengths: (B,) integers, as for relation_kl.
+        backend: "auto", "chunked" or "reference"; "auto" is "chunked".
+
+    Returns:
+        {"loss": the sum, and each relation's name: its mean row loss}, scalars in nats; fp64 where an input
+        is fp64, else fp32. All are differentiable with respect to qkv_s.
+
+    Raises:
+        ValueError: an argument's shape, dtype, device, strides or value is wrong.
+        NotImplementedError: backend "triton", which this version does not have.
+
+    Memory: as relation_kl; kept for the backward pass is the packed gradient.
+
+    Source: TinyMIM, CVPR 2023, arXiv 2301.01296; relation heads from MiniLMv2, arXiv 2012.15828.
+    """
+    check_backend(backend)
+    _check_relations(relations)
+    _check_projections(qkv_s, qkv_t, relation_heads)
+    check_lengths(lengths, qkv_s, num_images=qkv_s.shape[0], num_tokens=qkv_s.shape[1])
+
+    if backend == "reference":
+        losses = _reference_losses(qkv_s, qkv_t, lengths, relation_heads, relations)
+    else:
+        want_grad = torch.is_grad_enabled() and qkv_s.requires_grad
+        losses = {}
+        for group in _groups_without_shared_projection(relations):
+            means, _ = _relation_loss(
+                qkv_s, qkv_t, lengths, relation_heads, ",".join(group), resolve_backend(backend), want_grad
+            )
+            losses.update(zip(group, means.unbind(), strict=True))
+    return {"loss": sum(losses.values()), **{relation: losses[relation] for relation in relations}}
+
+
+class RelationLoss(nn.Module):
+    """Weighted sum of the relation losses between two packed qkv projections: relation_loss as a module.
+
+    Args:
+        relation_heads, relations, backend: as for relation_loss.
+        weights: weight of each relation in "loss", by name or in the order of `relations`; 1 each if None.
+
+    forward(qkv_s, qkv_t, lengths=None) returns {"loss": the weighted sum, and each relation's unweighted mean
+    row loss}.
+
+    Raises:
+        ValueError: a weight is missing, unknown or not finite, or as relation_loss.
+    """
+
+    def __init__(
+        self,
+        relation_heads: int,
+        relations: Sequence[str] = ("qk", "vv"),
+        weights: Mapping[str, float] | Sequence[float] | None = None,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        check_backend(backend)
+        _check_relations(relations)
+        _check_relation_heads(relation_heads)
+        self.relation_heads = relation_heads
+        self.relations = tuple(relations)
+        self.weights = _weights_by_relation(weights, self.relations)
+        self.backend = backend
+
+    def forward(self, qkv_s: Tensor, qkv_t: Tensor, lengths: Tensor | None = None) -> dict[str, Tensor]:
+        losses = relation_loss(
+            qkv_s,
+            qkv_t,
+            relation_heads=self.relation_heads,
+            relations=self.relations,
+            lengths=lengths,
+            backend=self.backend,
+        )
+        return {
+            **losses,
+            "loss": sum(self.weights[relation] * losses[relation] for relation in self.relations),
+        }
+
+    def extra_repr(self) -> str:
+        return f"relation_heads={self.relation_heads}, weights={self.weights}, backend={self.backend!r}"
+
+
+@torch.library.custom_op("tinymim_fast::relation_loss", mutates_args=())
+def _relation_loss(
+    qkv_s: Tensor,
+    qkv_t: Tensor,
+    lengths: Tensor | None,
+    relation_heads: int,
+    relations: str,
+    backend: str,
+    want_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    """Mean row loss of each relation, and the packed gradient of the *sums* of the rows (empty where not
+    wanted).
+
+    No two relations share a projection, so each third of the gradient belongs to one relation.
+    """
+    names = relations.split(",")
+    grad = _empty_gradient(qkv_s, want_grad)
+    if want_grad and len(set(relations) & set("qkv")) < 3:
+        grad.zero_()
+    student, teacher = _projections(qkv_s, relation_heads), _projections(qkv_t, relation_heads)
+    d_student = _projections(grad, relation_heads) if want_grad else {}
+    means = []
+    for x, y in names:
+        rows = FUSED[backend](
+            student[x],
+            student[y],
+            teacher[x],
+            teacher[y],
+            scale_s=_scale(qkv_s, relation_heads),
+            scale_t=_scale(qkv_t, relation_heads),
+            lengths=lengths,
+            d_x=d_student.get(x),
+            d_y=d_student.get(y),
+        )
+        means.append(reduce_rows(rows, lengths, "mean"))
+    return torch.stack(means), grad
+
+
+@_relation_loss.register_fake
+def _(qkv_s, qkv_t, lengths, relation_heads, relations, backend, want_grad):
+    means = qkv_s.new_empty(len(relations.split(",")), dtype=reference.working_dtype(qkv_s, qkv_t))
+    return means, _empty_gradient(qkv_s, want_grad)
+
+
+def _setup_context(ctx, inputs, output):
+    qkv_s, _, lengths, ctx.relation_heads, relations, *_ = inputs
+    ctx.relations = relations.split(",")
+    ctx.num_images, ctx.num_tokens, _ = qkv_s.shape
+    _, grad = output
+    ctx.mark_non_differentiable(grad)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(grad, lengths)
+
+
+def _backward(ctx, d_means, *_):
+    refuse_second_derivative()
+    if d_means is None:
+        return (None,) * 7
+    grad, lengths = ctx.saved_tensors
+    d_sums = d_means / count_rows(ctx.num_images, ctx.relation_heads, ctx.num_tokens, lengths)
+    by_relation = dict(zip(ctx.relations, d_sums.unbind(), strict=True))
+    zero = torch.zeros_like(d_sums[0])
+    by_projection = torch.stack(
+        [next((d for relation, d in by_relation.items() if name in relation), zero) for name in "qkv"]
+    )
+    return scaled(grad.unflatten(2, (3, -1)), by_projection[:, None]).flatten(2), *[None] * 6
+
+
+_relation_loss.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _empty_gradient(qkv_s: Tensor, want_grad: bool) -> Tensor:
+    return qkv_s.new_empty(qkv_s.shape if want_grad else 0)
+
+
+def _projections(qkv: Tensor, relation_heads: int) -> dict[str, Tensor]:
+    """Views {"q", "k", "v"} of (B, N, 3 C), each (B, H, N, D)."""
+    by_head = qkv.unflatten(2, (3, relation_heads, -1)).permute(2, 0, 3, 1, 4)
+    return dict(zip("qkv", by_head.unbind(), strict=True))
+
+
+def _scale(qkv: Tensor, relation_heads: int) -> float:
+    return (qkv.shape[2] // (3 * relation_heads)) ** -0.5
+
+
+def _reference_losses(
+    qkv_s: Tensor, qkv_t: Tensor, lengths: Tensor | None, relation_heads: int, relations: Sequence[str]
+) -> dict[str, Tensor]:
+    student, teacher = _projections(qkv_s, relation_heads), _projections(qkv_t, relation_heads)
+    losses = {}
+    for x, y in relations:
+        rows = reference.relation_kl(
+            student[x],
+            student[y],
+            teacher[x],
+            teacher[y],
+            scale_s=_scale(qkv_s, relation_heads),
+            scale_t=_scale(qkv_t, relation_heads),
+            lengths=lengths,
+        )
+        losses[x + y] = reduce_rows(rows, lengths, "mean")
+    return losses
+
+
+def _groups_without_shared_projection(relations: Sequence[str]) -> Iterator[list[str]]:
+    """The relations in as few groups as a greedy choice finds; ("qk", "vv") is one group."""
+    left = list(relations)
+    while left:
+        group: list[str] = []
+        for relation in left:
+            if not set(relation) & set("".join(group)):
+                group.append(relation)
+        yield group
+        left = [relation for relation in left if relation not in group]
+
+
+def _check_relations(relations: Sequence[str]) -> None:
+    if isinstance(relations, str) or not relations or any(relation not in RELATIONS for relation in relations):
+        raise ValueError(f"relations: got {relations!r}, want a sequence of at least one of {RELATIONS}")
+    if len(set(relations)) < len(relations):
+        raise ValueError(f"relations: got {relations!r}, want no duplicates")
+
+
+def _check_relation_heads(relation_heads: int) -> None:
+    if not isinstance(relation_heads, int) or relation_heads < 1:
+        raise ValueError(f"relation_heads: got {relation_heads!r}, want a positive integer")
+
+
+def _check_projections(qkv_s: Tensor, qkv_t: Tensor, relation_heads: int) -> None:
+    _check_relation_heads(relation_heads)
+    for name, qkv in (("qkv_s", qkv_s), ("qkv_t", qkv_t)):
+        if not isinstance(qkv, Tensor):
+            raise ValueError(f"{name}: got {type(qkv).__name__}, want a tensor")
+        if qkv.dim() != 3 or 0 in qkv.shape:
+            raise ValueError(f"{name}: got shape {tuple(qkv.shape)}, want (B, N, 3 * C), all at least 1")
+        if qkv.shape[2] % (3 * relation_heads):
+            raise ValueError(
+                f"{name}: got width {qkv.shape[2]}, want 3 * C, relation_heads={relation_heads} dividing C"
+            )
+        if not qkv.dtype.is_floating_point:
+            raise ValueError(f"{name}: got dtype {qkv.dtype}, want a floating-point dtype")
+        check_strides(name, qkv)
+    if qkv_t.shape[:2] != qkv_s.shape[:2]:
+        raise ValueError(f"qkv_t: got (B, N) = {tuple(qkv_t.shape[:2])}, want {tuple(qkv_s.shape[:2])} as qkv_s has")
+    if qkv_t.device != qkv_s.device:
+        raise ValueError(f"qkv_t: got device {qkv_t.device}, want {qkv_s.device} as qkv_s has")
+    check_teacher("qkv_t", qkv_t)
+
+
+def _weights_by_relation(
+    weights: Mapping[str, float] | Sequence[float] | None, relations: tuple[str, ...]
+) -> dict[str, float]:
+    if weights is None:
+        return dict.fromkeys(relations, 1.0)
+    named = {}
+    if isinstance(weights, Mapping):
+        named = dict(weights)
+    elif isinstance(weights, Sequence) and len(weights) == len(relations):
+        named = dict(zip(relations, weights, strict=True))
+    if set(named) != set(relations) or not all(math.isfinite(weight) for weight in named.values()):
+        raise ValueError(f"weights: got {weights!r}, want one finite weight for each of {relations}")
+    return {relation: float(named[relation]) for relation in relations}

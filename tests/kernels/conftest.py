@@ -1,0 +1,35 @@
+"""The rule of every numerical test here, and inputs for it."""
+
+import pytest
+import torch
+from torch import Tensor
+
+# Roundings of the result that no computation in the dtype can avoid: relative to the largest exact entry.
+# Half-precision gradients are rounded twice, when stored and when multiplied by the upstream gradient.
+FLOORS = {torch.float64: 1e-14, torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+
+
+def _assert_as_exact(name: str, ours: Tensor, pytorch: Tensor, exact: Tensor, dtype: torch.dtype) -> None:
+    """error(ours) <= 2 * error(PyTorch in the same dtype) + floor, errors against fp64."""
+    assert ours.shape == exact.shape, f"{name}: shape {tuple(ours.shape)}, want {tuple(exact.shape)}"
+    errors = (ours.double() - exact).abs()
+    allowed = 2 * (pytorch.double() - exact).abs().max() + FLOORS[dtype] * exact.abs().max()
+    allowed = allowed + torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    worst = errors.nan_to_num(nan=float("inf")).argmax().item()
+    where = tuple(int(i) for i in torch.unravel_index(torch.tensor(worst), errors.shape))
+    assert (errors <= allowed).all(), f"{name}: largest error {errors.max():.3e} at {where}, allowed {allowed:.3e}"
+
+
+@pytest.fixture
+def assert_as_exact():
+    return _assert_as_exact
+
+
+@pytest.fixture
+def poisoned():
+    """Uninitialised memory holds NaN, so that reading or returning it shows."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
