@@ -1,0 +1,288 @@
+import dataclasses
+import logging
+import multiprocessing
+import os
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tinymim_fast.data import DataError, build_eval_loader, build_loader, scan_image_folder
+
+NORMALIZE = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+PER_UNIT = 255 * torch.tensor(NORMALIZE["std"]).view(3, 1, 1)  # normalised -> 0..255
+
+# Mean absolute difference between the loaders' views, 0..255. PIL rounds to uint8 between its two resize passes
+# and DALI does not: 0.18 on photographs, 0.25 after jitter; a wrong anchor, filter or order costs more than 1.
+MAX_TEACHER_DIFFERENCE = 0.4
+MAX_STUDENT_DIFFERENCE = 0.6
+
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda:0",
+        marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")],
+    ),
+]
+
+
+def train_loader(index, loader_name, **changes):
+    options = {"batch_size": 8, "img_size": 64, "views": 2, "seed": 1, "workers": 2, **NORMALIZE, **changes}
+    return build_loader(index, loader=loader_name, **options)
+
+
+def eval_loader(index, loader_name, **changes):
+    options = {"batch_size": 8, "img_size": 64, "resize_size": 73, "workers": 2, **NORMALIZE, **changes}
+    return build_eval_loader(index, loader=loader_name, **options)
+
+
+def copies(batches):
+    return [torch.stack(views).cpu() for views in batches]
+
+
+def mean_difference(a, b):
+    """Per image, in units of 0..255."""
+    return ((a - b).abs() * PER_UNIT).mean(dim=(-3, -2, -1))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_batch_contract(sample_index, loader_name, device):
+    with train_loader(sample_index, loader_name, device=device) as loader:
+        assert loader.steps_per_epoch == 6
+        batches = list(loader.batches(0, 2))
+        assert len(batches) == 2
+        for views in batches:
+            assert isinstance(views, tuple) and len(views) == 2
+            for view in views:
+                assert view.shape == (8, 3, 64, 64) and view.dtype == torch.float32
+                assert view.device == torch.device(device) and view.is_contiguous()
+                values = view.cpu() * PER_UNIT + 255 * torch.tensor(NORMALIZE["mean"]).view(3, 1, 1)
+                assert values.min() > -0.01 and values.max() < 255.01 and values.std() > 10
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("start", [4, 6], ids=["inside_an_epoch", "at_an_epochs_start"])
+def test_a_later_start_gives_the_same_batches(sample_index, loader_name, device, start):
+    with train_loader(sample_index, loader_name, device=device) as loader:  # 6 steps an epoch
+        whole, tail = copies(loader.batches(0, 14)), copies(loader.batches(start, 14 - start))
+        assert len(whole) == 14 and len(tail) == 14 - start
+        for a, b in zip(whole[start:], tail):
+            assert torch.equal(a, b)
+        assert not torch.equal(whole[0], whole[6])
+
+
+def test_batches_stay_valid_while_more_are_made(sample_index, loader_name):
+    with train_loader(sample_index, loader_name) as loader:
+        kept, at_once = [], []
+        for views in loader.batches(0, 12):
+            kept.append(views)
+            at_once.append([view.clone() for view in views])
+    for views, clones in zip(kept, at_once):
+        assert all(torch.equal(view, clone) for view, clone in zip(views, clones))
+
+
+def test_ranks_and_accumulation_share_the_global_batch(sample_index, loader_name):
+    with train_loader(sample_index, loader_name, batch_size=12) as loader:
+        whole = copies(loader.batches(3, 2))  # over an epoch's end
+    parts = []
+    for rank in range(3):
+        with train_loader(
+            sample_index, loader_name, batch_size=2, rank=rank, world_size=3, accumulation_steps=2, workers=1
+        ) as loader:
+            parts.append(copies(loader.batches(3, 2)))
+    for step in range(2):
+        together = torch.cat([parts[rank][2 * step + micro] for micro in range(2) for rank in range(3)], dim=1)
+        assert torch.equal(together, whole[step])
+
+
+def test_workers_and_prefetch_change_nothing(sample_index, loader_name):
+    with (
+        train_loader(sample_index, loader_name, workers=0, prefetch=1) as a,
+        train_loader(sample_index, loader_name, workers=2, prefetch=3) as b,
+    ):
+        for x, y in zip(copies(a.batches(5, 3)), copies(b.batches(5, 3))):
+            assert torch.equal(x, y)
+
+
+def test_without_jitter_both_views_are_equal(sample_index, loader_name):
+    with train_loader(sample_index, loader_name, color_jitter=(0, 0, 0)) as loader:
+        for teacher_view, student_view in loader.batches(0, 2):
+            assert torch.equal(teacher_view, student_view)
+
+
+def test_one_view_is_the_teachers(sample_index, loader_name):
+    with train_loader(sample_index, loader_name) as two, train_loader(sample_index, loader_name, views=1) as one:
+        for (teacher_view, _), views in zip(two.batches(0, 2), one.batches(0, 2)):
+            assert len(views) == 1 and torch.equal(views[0], teacher_view)
+
+
+def assert_loaders_agree(index, device="cpu", num_steps=4, **changes):
+    differences = []
+    with train_loader(index, "dali", device=device, **changes) as a, train_loader(index, "torchvision", **changes) as b:
+        for x, y in zip(copies(a.batches(1, num_steps)), copies(b.batches(1, num_steps))):
+            differences.append(mean_difference(x, y))
+    teacher, student = torch.cat(differences, dim=1)
+    for name, found, limit in [
+        ("teacher", teacher, MAX_TEACHER_DIFFERENCE),
+        ("student", student, MAX_STUDENT_DIFFERENCE),
+    ]:
+        assert found.mean() < limit, f"{name} view: mean {found.mean():.3f} of 255, limit {limit}"
+        assert found.max() < 3 * limit, f"{name} view: largest {found.max():.3f}, image {found.argmax()}"
+
+
+@pytest.fixture
+def both_loaders():
+    pytest.importorskip("nvidia.dali")
+    pytest.importorskip("torchvision")
+
+
+def test_loaders_agree_on_drawn_pictures(sample_index, both_loaders):
+    assert_loaders_agree(sample_index)
+
+
+def test_loaders_agree_on_photographs(real_index, both_loaders):
+    assert_loaders_agree(real_index, batch_size=32, img_size=224)
+
+
+@pytest.mark.parametrize(
+    "strength", [(0.9, 0, 0), (0, 0.9, 0), (0, 0, 0.9)], ids=["brightness", "contrast", "saturation"]
+)
+def test_loaders_agree_on_each_jitter(sample_index, both_loaders, strength):
+    assert_loaders_agree(sample_index, num_steps=2, color_jitter=strength)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_gpu_loader_agrees_with_torchvision(sample_index, both_loaders):
+    assert_loaders_agree(sample_index, device="cuda:0")
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_evaluation_gives_each_image_once(sample_index, loader_name, world_size, device):
+    index = dataclasses.replace(sample_index, paths=sample_index.paths[:47])  # divided by neither ranks nor batch
+    seen = []
+    for rank in range(world_size):
+        with eval_loader(index, loader_name, rank=rank, world_size=world_size, device=device) as loader:
+            num_batches = 0
+            for images, labels, sample_ids in loader:
+                num_batches += 1
+                assert images.shape == (len(sample_ids), 3, 64, 64) and images.dtype == torch.float32
+                assert images.device == labels.device == sample_ids.device == torch.device(device)
+                assert labels.dtype == sample_ids.dtype == torch.int64
+                assert labels.tolist() == index.labels[sample_ids.cpu()].tolist()
+                seen += sample_ids.tolist()
+            assert num_batches == len(loader)
+    assert seen == list(range(47))
+
+
+def test_evaluation_is_torchvisions(real_index, loader_name):
+    T = pytest.importorskip("torchvision.transforms")
+    index = dataclasses.replace(real_index, paths=real_index.paths[:40])
+    transform = T.Compose(
+        [T.Resize(256, T.InterpolationMode.BICUBIC), T.CenterCrop(224), T.ToTensor(), T.Normalize(**NORMALIZE)]
+    )
+    with eval_loader(index, loader_name, img_size=224, resize_size=256) as loader:
+        for images, _, sample_ids in loader:
+            theirs = torch.stack([transform(index.read_image(i)) for i in sample_ids])
+            limit = MAX_TEACHER_DIFFERENCE if loader_name == "dali" else 1e-4
+            assert mean_difference(images, theirs).max() < limit
+
+
+def picture(height=80, width=100):
+    ramp = np.linspace(0, 255, height * width * 3).reshape(height, width, 3)
+    return Image.fromarray(ramp.astype(np.uint8))
+
+
+def test_odd_files_decode_to_rgb(tmp_path, loader_name):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be shown rotated; ImageFolder does not
+    picture().convert("L").save(tmp_path / "grey.jpg")
+    picture().convert("CMYK").save(tmp_path / "cmyk.jpg")
+    picture().convert("RGBA").save(tmp_path / "alpha.png")
+    picture().convert("P").save(tmp_path / "palette.png")
+    picture().save(tmp_path / "png_called.JPEG", format="PNG")
+    picture().save(tmp_path / "progressive.jpg", progressive=True)
+    picture().save(tmp_path / "rotated.jpg", exif=exif)
+    index = scan_image_folder(tmp_path)
+    with eval_loader(index, loader_name, img_size=80, resize_size=80) as loader:
+        images, _, sample_ids = next(iter(loader))
+    assert sample_ids.tolist() == list(range(7))
+    theirs = [index.read_image(i).crop((10, 0, 90, 80)) for i in range(7)]
+    theirs = torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255 for image in theirs])
+    theirs = (theirs - torch.tensor(NORMALIZE["mean"]).view(3, 1, 1)) / torch.tensor(NORMALIZE["std"]).view(3, 1, 1)
+    assert mean_difference(images, theirs).max() < 1e-3  # not resized, so equal
+
+
+@pytest.fixture
+def damageable_index(sample_root, tmp_path):
+    shutil.copytree(sample_root / "train", tmp_path / "train")
+    return scan_image_folder(tmp_path / "train")
+
+
+@pytest.mark.parametrize("damage", ["truncated", "missing", "changed"])
+def test_a_damaged_file_is_named(damageable_index, loader_name, damage):
+    with train_loader(damageable_index, loader_name, scale=(1, 1), ratio=(1, 1)) as loader:
+        victim = damageable_index.file(int(loader.plan.sample_ids(3)[5]))
+        if damage == "truncated":
+            os.truncate(victim, os.path.getsize(victim) // 2)
+        elif damage == "missing":
+            os.remove(victim)
+        else:
+            picture(40, 40).save(victim)
+        batches = loader.batches(0, 6)
+        for _ in range(3):
+            next(batches)
+        with pytest.raises(DataError) as caught:
+            next(batches)
+        assert str(caught.value).startswith(f"got {victim}") and "Traceback" not in str(caught.value)
+
+
+def test_a_damaged_file_is_named_in_evaluation(damageable_index, loader_name):
+    victim = damageable_index.file(11)
+    os.truncate(victim, os.path.getsize(victim) // 2)
+    with eval_loader(damageable_index, loader_name) as loader, pytest.raises(DataError, match=victim):
+        list(loader)
+
+
+def num_threads():
+    return len(os.listdir("/proc/self/task"))
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="counts threads in /proc")
+def test_close_ends_processes_and_threads(sample_index, loader_name):
+    def start_and_close():
+        loader = train_loader(sample_index, loader_name)
+        batches = loader.batches(0, 100)
+        next(batches)
+        loader.close()
+        assert next(batches, None) is None
+
+    start_and_close()  # libraries start threads of their own, once
+    before = num_threads()
+    for _ in range(3):
+        start_and_close()
+    assert num_threads() <= before
+    assert multiprocessing.active_children() == []
+
+
+def test_loader_choice(sample_index, caplog):
+    with caplog.at_level(logging.INFO):
+        train_loader(sample_index, "auto")
+    assert "--loader auto: using" in caplog.text
+    with pytest.raises(DataError, match='got --loader ffcv, want "auto" or one of dali, torchvision'):
+        train_loader(sample_index, "ffcv")
+    with pytest.raises(DataError, match=r"want a CUDA device with its index"):
+        train_loader(sample_index, "auto", device="cuda")
+
+
+def test_auto_falls_back_to_torchvision(sample_index, monkeypatch, caplog):
+    pytest.importorskip("torchvision")
+    monkeypatch.setattr("tinymim_fast.data.loader._is_installed", lambda module: module == "torchvision")
+    with caplog.at_level(logging.INFO), train_loader(sample_index, "auto") as loader:
+        next(loader.batches(0, 1))
+    assert "using torchvision" in caplog.text
+    with pytest.raises(DataError, match=r"--loader dali, which needs nvidia\.dali"):
+        train_loader(sample_index, "dali")

@@ -1,0 +1,14 @@
+"""The error that every room of the data package raises for a folder, file or setting that a user can mend."""
+
+from tinymim_fast.errors import InputError
+
+
+class DataError(InputError):
+    """A folder, image file or loader setting that can't be used; the message names it and what is wanted."""
+
+
+def name_some(names, limit: int = 10) -> str:
+    """The first `limit` names and how many more there are, for messages about many files."""
+    names = list(names)
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(str(name) for name in names[:limit]) + more
