@@ -1,0 +1,187 @@
+"""timm's VisionTransformer as a student and as a teacher that stops where the relation loss does."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import timm
+import torch
+from timm.layers import Attention, DropPath
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import nn
+
+from tinymim_fast.errors import InputError
+
+
+def create_vit(name: str, *, img_size: int, flag: str, **kwargs: Any) -> VisionTransformer:
+    """`timm.create_model` without a classifier, refusing what the tap does not fit.
+
+    Args:
+        name: timm model name, or `local-dir:DIR`.
+        img_size: side of the square input, pixels.
+        flag: the flag to name in errors, e.g. "--student-model".
+        **kwargs: for the model, e.g. `reg_tokens`, `class_token`, `patch_size`, `pretrained`.
+
+    Raises:
+        InputError: unknown name, arguments that timm refuses, or not a plain VisionTransformer.
+    """
+    if not kwargs.get("class_token", True):
+        kwargs.setdefault("global_pool", "avg")
+    try:
+        model = timm.create_model(name, num_classes=0, img_size=img_size, **kwargs)
+    except (RuntimeError, TypeError, AssertionError, ValueError) as error:
+        raise InputError(f"{flag} {name} {kwargs or ''}: timm can't build it: {error}") from error
+    check_supported(model, flag=f"{flag} {name}")
+    return model
+
+
+def check_supported(model: nn.Module, *, flag: str) -> None:
+    """Refuse models whose qkv projection the tap can't read.
+
+    Supported: pre-norm blocks with one fused qkv projection; class token or none, register tokens, any patch and image
+    size, learned or fixed absolute position embeddings, LayerScale, qk-norm.
+    """
+    if not isinstance(model, VisionTransformer):
+        raise InputError(f"{flag}: got a {type(model).__name__}, want one of timm's VisionTransformer models")
+    if type(model).forward_features is not VisionTransformer.forward_features:
+        raise InputError(f"{flag}: {type(model).__name__} has a forward of its own, want a plain VisionTransformer")
+    for i, block in enumerate(model.blocks, start=1):
+        if type(block) is not Block or type(block.attn) is not Attention:
+            raise InputError(
+                f"{flag}: block {i} is a {type(block).__name__} with {type(block.attn).__name__}, want timm's Block with "
+                "Attention (pre-norm, one qkv projection)"
+            )
+
+
+def default_target_block(depth: int) -> int:
+    """18 of 24 blocks (ViT-L, table 7 of the paper), else the last; 1-based."""
+    return 18 if depth == 24 else depth
+
+
+class TappedViT(nn.Module):
+    """A vision transformer up to `norm1` and the qkv projection of one block; what lies behind it is dropped.
+
+    Takes `model` over: its parameters keep timm's names (`named_tap_parameters`).
+
+    Args:
+        model: timm VisionTransformer, see `check_supported`.
+        block: 1-based block to tap.
+        flag: the flag to name in errors.
+    """
+
+    def __init__(self, model: VisionTransformer, block: int, *, flag: str = "--target-block"):
+        super().__init__()
+        depth = len(model.blocks)
+        if not 1 <= block <= depth:
+            raise InputError(f"{flag}: got {block}, want 1 to {depth}, the number of the model's blocks")
+        self.num_tokens = model.patch_embed.num_patches + model.num_prefix_tokens
+        self.num_prefix_tokens = model.num_prefix_tokens
+        self.embed_dim = model.embed_dim
+        model.blocks = model.blocks[:block]
+        last = model.blocks[-1]
+        self.num_heads = last.attn.num_heads
+        self.qkv_dim = last.attn.attn_dim
+        for name in ("ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2"):
+            setattr(last, name, nn.Identity())
+        for name in ("attn_drop", "norm", "proj", "proj_drop"):
+            setattr(last.attn, name, nn.Identity())
+        last.attn.gate = None
+        model.norm, model.fc_norm, model.attn_pool, model.head = (
+            nn.Identity(),
+            nn.Identity(),
+            None,
+            nn.Identity(),
+        )
+        self.model = model
+
+    def tokens(self, images: torch.Tensor) -> torch.Tensor:
+        """Normalised tokens that the qkv projection reads, (B, N, C), from images (B, 3, H, W)."""
+        model = self.model
+        x = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))
+        for block in model.blocks[:-1]:
+            x = block(x)
+        return model.blocks[-1].norm1(x)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Packed [q | k | v], (B, N, 3C), prefix tokens first, from images (B, 3, H, W) in the model's dtype."""
+        attn = self.model.blocks[-1].attn
+        qkv = attn.qkv(self.tokens(images))
+        if isinstance(attn.q_norm, nn.Identity) and isinstance(attn.k_norm, nn.Identity):
+            return qkv
+        q, k, v = qkv.unflatten(-1, (3, attn.num_heads, attn.head_dim)).unbind(2)
+        return torch.stack((attn.q_norm(q), attn.k_norm(k), v), dim=2).flatten(2)
+
+    def state_in_timm_names(self) -> dict[str, torch.Tensor]:
+        return {timm_name(k): v for k, v in self.state_dict().items()}
+
+
+def timm_name(name: str) -> str:
+    """Name of a tapped parameter in the whole timm model."""
+    return name.removeprefix("model.")
+
+
+def freeze(model: nn.Module, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """In place: evaluation mode, no gradients, on `device` in `dtype`."""
+    return model.to(device=device, dtype=dtype).eval().requires_grad_(False)
+
+
+def init_mae_style(model: nn.Module, *, pos_embed: str) -> None:
+    """Weights as MAE and TinyMIM start them, in place.
+
+    Xavier-uniform linear layers with zero bias, the patch embedding like a linear layer, class and register tokens from
+    N(0, 0.02), LayerNorms at identity. `pos_embed` "sincos" sets the position embedding to `sincos_2d` and freezes it.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm):
+            module.reset_parameters()
+    patches = model.patch_embed.proj
+    nn.init.xavier_uniform_(patches.weight.view(patches.weight.shape[0], -1))
+    if patches.bias is not None:
+        nn.init.zeros_(patches.bias)
+    for token in (model.cls_token, model.reg_token):
+        if token is not None:
+            nn.init.normal_(token, std=0.02)
+    if model.pos_embed is None:
+        return
+    if pos_embed == "sincos":
+        prefix = 0 if model.no_embed_class else model.num_prefix_tokens
+        model.pos_embed.data.copy_(sincos_2d(model.patch_embed.grid_size, model.embed_dim, prefix))
+        model.pos_embed.requires_grad_(False)
+    else:
+        nn.init.normal_(model.pos_embed, std=0.02)
+
+
+def set_constant_drop_path(model: VisionTransformer, rate: float) -> None:
+    """The same drop path rate in every block but the last, as TinyMIM has it (timm's own grows with depth)."""
+    for block in model.blocks[:-1]:
+        block.drop_path1 = DropPath(rate) if rate else nn.Identity()
+        block.drop_path2 = DropPath(rate) if rate else nn.Identity()
+
+
+def sincos_2d(grid: tuple[int, int], dim: int, num_prefix_tokens: int) -> torch.Tensor:
+    """Fixed position embedding (1, prefix + rows * columns, dim), fp32; zero for prefix tokens.
+
+    `[sin(x w), cos(x w), sin(y w), cos(y w)]` with `w_k = 10000 ** (-4 k / dim)`, the layout of MAE's checkpoints.
+
+    Raises:
+        InputError: `dim` is no multiple of 4.
+    """
+    if dim % 4:
+        raise InputError(
+            f"sin-cos position embedding: got width {dim}, want a multiple of 4 (or --student-pos-embed learn)"
+        )
+    rows, columns = grid
+    omega = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+    y, x = torch.meshgrid(torch.arange(rows).double(), torch.arange(columns).double(), indexing="ij")
+    angles = [axis.reshape(-1, 1) * omega for axis in (x, y)]
+    embed = torch.cat([f(a) for a in angles for f in (torch.sin, torch.cos)], dim=1).float()
+    return torch.cat([embed.new_zeros(num_prefix_tokens, dim), embed])[None]
+
+
+def head_layout(model: VisionTransformer) -> dict[str, Any]:
+    """What of the attention's layout a later loader must not change silently."""
+    return {"embed_dim": model.embed_dim, "num_heads": [b.attn.num_heads for b in model.blocks]}

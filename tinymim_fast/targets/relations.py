@@ -1,0 +1,66 @@
+"""Token relations as the target: the paper's method."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from tinymim_fast.errors import InputError
+from tinymim_fast.kernels import RelationLoss
+from tinymim_fast.models.vit import TappedViT
+
+
+class RelationDistiller(nn.Module):
+    """Student and relation loss as one module, which is what the engine trains.
+
+    Args:
+        student: tapped at its last block.
+        teacher: tapped at the target block; only its shape is read here.
+        relation_heads: heads of the relations; must divide both widths.
+        relations: any of qk, vv, qq, kk.
+        weights: one a relation; default 1 each.
+        backend: of the loss.
+
+    Raises:
+        InputError: heads that don't divide, or another number of tokens.
+    """
+
+    def __init__(
+        self,
+        student: TappedViT,
+        teacher: TappedViT,
+        *,
+        relation_heads: int,
+        relations: Sequence[str],
+        weights: Sequence[float] | None,
+        backend: str,
+    ):
+        super().__init__()
+        for who, tap in (("student", student), ("teacher", teacher)):
+            if tap.qkv_dim % relation_heads:
+                raise InputError(
+                    f"--relation-heads: got {relation_heads}, want a number that divides the {who}'s width {tap.qkv_dim} "
+                    f"(both widths: student {student.qkv_dim}, teacher {teacher.qkv_dim})"
+                )
+        if student.num_tokens != teacher.num_tokens:
+            raise InputError(
+                f"the student has {student.num_tokens} tokens, {student.num_prefix_tokens} of them before the patches, the "
+                f"teacher {teacher.num_tokens} and {teacher.num_prefix_tokens}; relations need the same: match patch_size, "
+                "class_token and reg_tokens with --student-model-kwargs"
+            )
+        self.student = student
+        try:
+            self.loss = RelationLoss(relation_heads, relations=tuple(relations), weights=weights, backend=backend)
+        except NotImplementedError as error:
+            raise InputError(f"--loss-backend {backend}: {error}") from error
+
+    def forward(self, images: torch.Tensor, qkv_t: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Losses by name, "loss" the weighted sum, each an fp32 scalar.
+
+        Args:
+            images: student view, (B, 3, H, W).
+            qkv_t: the teacher's packed projection of the teacher view, (B, N, 3 C_t).
+        """
+        return self.loss(self.student(images), qkv_t)
