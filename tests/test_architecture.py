@@ -1,0 +1,83 @@
+"""The arrows of CONTRIBUTING.md's picture: who may import whom."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FILES = sorted([*ROOT.glob("tinymim_fast/**/*.py"), *ROOT.glob("kernels/**/*.py")])
+
+
+def imports(path):
+    """Dotted names that a file imports, wherever in it."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: absolute imports only"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def importers_of(package):
+    return {
+        str(p.relative_to(ROOT)) for p in FILES if any(n == package or n.startswith(package + ".") for n in imports(p))
+    }
+
+
+def test_libraries_live_in_one_place():
+    assert importers_of("deepspeed") == {"tinymim_fast/engine.py"}
+    assert importers_of("nvidia") == {"tinymim_fast/data/dali.py"}
+    assert importers_of("jsonargparse") == {"tinymim_fast/config.py"}
+
+
+@pytest.mark.parametrize(
+    ("room", "may_know"),
+    [
+        ("kernels", {"kernels"}),
+        ("tinymim_fast/data", {"data", "errors"}),
+        ("tinymim_fast/models", {"models", "errors"}),
+        ("tinymim_fast/targets", {"targets", "models", "kernels", "errors"}),
+        ("tinymim_fast/config.py", {"errors"}),
+        ("tinymim_fast/metrics.py", set()),
+        ("tinymim_fast/engine.py", {"config", "errors"}),
+    ],
+)
+def test_rooms_know_only_what_lies_before_them(room, may_know):
+    files = [p for p in FILES if str(p.relative_to(ROOT)).startswith(room)]
+    assert files
+    for path in files:
+        ours = {n.split(".")[1] for n in imports(path) if n.startswith("tinymim_fast.")}
+        assert ours <= may_know, f"{path.relative_to(ROOT)} imports {sorted(ours - may_know)}"
+
+
+def test_kernels_need_torch_and_triton_only():
+    third_party = {n.split(".")[0] for p in FILES if "kernels" in p.parts for n in imports(p)} - set(
+        sys.stdlib_module_names
+    )
+    assert third_party <= {"torch", "triton", "tinymim_fast"}
+
+
+def test_drop_in_import_needs_none_of_the_training_packages():
+    """`pip install tinymim_fast` alone: torch, triton, numpy."""
+    absent = "timm deepspeed nvidia xformers torchvision jsonargparse yaml PIL tqdm matplotlib safetensors tensorboard"
+    code = f"""
+import sys
+sys.modules.update(dict.fromkeys({absent.split()}))
+import torch
+from tinymim_fast import relation_kl
+x = torch.randn(1, 2, 5, 4)
+print(float(relation_kl(x, x, x * 2, x * 2)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT.parent)
+    assert done.returncode == 0 and float(done.stdout) > 0, done.stderr
+
+
+def test_no_module_hides_a_library():
+    """`deepspeed tinymim_fast/train.py` starts with tinymim_fast/ on the path: see the head of train.py."""
+    ours = {p.stem for p in (ROOT / "tinymim_fast").iterdir() if not p.name.startswith("_")}
+    assert ours & set(sys.stdlib_module_names) == set()

@@ -1,0 +1,83 @@
+import json
+
+import pytest
+import torch
+
+from tinymim_fast.config import RunConfig
+from tinymim_fast.engine import deepspeed_config, parameter_groups
+from tinymim_fast.errors import InputError
+
+
+def config(tmp_path=None, content=None, **kwargs):
+    path = None
+    if content is not None:
+        path = tmp_path / "ds.json"
+        path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return RunConfig(data_path="d", output_dir="o", train_batch_size=64, deepspeed_config=path and str(path), **kwargs)
+
+
+def test_own_configuration():
+    ours = deepspeed_config(config(zero_stage=2, clip_grad=1.0, gradient_accumulation_steps=2), world_size=4)
+    assert ours["zero_optimization"] == {"stage": 2} and ours["bf16"] == {"enabled": True}
+    assert ours["train_micro_batch_size_per_gpu"] == 8 and ours["gradient_clipping"] == 1.0
+    assert ours["data_types"] == {"grad_accum_dtype": "fp32"}
+
+
+def test_stage_0_is_autocast_over_fp32_weights():
+    ours = deepspeed_config(config(zero_stage=0), world_size=1)
+    assert ours["bf16"] == {"enabled": False} and ours["torch_autocast"]["dtype"] == "bfloat16"
+
+
+def test_a_users_file_is_merged(tmp_path):
+    theirs = {
+        "zero_optimization": {"stage": 1, "reduce_bucket_size": 1000000, "overlap_comm": True},
+        "train_batch_size": "auto",
+        "comms_logger": {"enabled": True},
+    }
+    merged = deepspeed_config(config(tmp_path, theirs), world_size=2)
+    assert merged["zero_optimization"] == theirs["zero_optimization"]
+    assert merged["train_batch_size"] == 64 and merged["comms_logger"] == {"enabled": True}
+    assert merged["bf16"] == {"enabled": True}
+
+
+@pytest.mark.parametrize(
+    ("theirs", "message"),
+    [
+        (
+            {"zero_optimization": {"stage": 2}},
+            "zero_optimization.stage is 2, but this run has 1; make --zero-stage equal",
+        ),
+        ({"train_batch_size": 32}, "train_batch_size is 32, but this run has 64; make --train-batch-size equal"),
+        ({"bf16": {"enabled": False}}, "bf16.enabled is False, but this run has True; make --bf16 equal"),
+        ({"fp16": {"enabled": True}}, "fp16.enabled is True, but this run has False; leave it out"),
+        ({"gradient_clipping": 1.0}, "make --clip-grad equal"),
+        ({"zero_optimization": 2}, "zero_optimization is 2"),
+        ({"optimizer": {"type": "Adam"}}, "'optimizer' is set by"),
+        ("[1]", "can't be read"),
+        ("{", "can't be read"),
+    ],
+    ids=str,
+)
+def test_contradictions_name_the_key_and_the_flag(tmp_path, theirs, message):
+    with pytest.raises(InputError, match=message):
+        deepspeed_config(config(tmp_path, theirs), world_size=1)
+
+
+def test_no_decay_on_one_dimensional_parameters():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.LayerNorm(4))
+    model[0].weight.requires_grad_(True)
+    model.register_parameter("fixed", torch.nn.Parameter(torch.zeros(2, 2), requires_grad=False))
+    decay, none = parameter_groups(model.named_parameters(), 0.05)
+    assert decay["params"] == [model[0].weight] and decay["weight_decay"] == 0.05
+    assert {id(p) for p in none["params"]} == {id(p) for p in (model[0].bias, model[1].weight, model[1].bias)}
+    assert none["weight_decay"] == 0.0
+
+
+def test_world_of_one(world):
+    assert (world.rank, world.world_size, world.is_main) == (0, 1, True)
+    assert world.broadcast(lambda: 3) == 3 and world.gather("x") == ["x"]
+    with pytest.raises(KeyError, match="gone"):
+        world.broadcast(lambda: {}["gone"])
+    work, answer = world.start_max(2)
+    work.wait()
+    assert int(answer) == 2

@@ -1,0 +1,333 @@
+"""What a run is: typed, frozen, checked configuration, read from YAML recipes and the command line.
+
+Every field is a flag (`--train-batch-size 1024`) and a YAML key (`train_batch_size: 1024`); the command line wins.
+Names follow timm and DeepSpeed, so a flag that exists there means the same here.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+
+from tinymim_fast.errors import InputError
+
+RECIPES = Path(__file__).parent / "recipes"
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+# Fields that may change between a run and its continuation: none changes what is learnt.
+FREE_ON_RESUME = frozenset(
+    [
+        "data_path",
+        "output_dir",
+        "loader",
+        "workers",
+        "log_interval",
+        "checkpoint_interval",
+        "checkpoint_minutes",
+        "checkpoint_hist",
+        "resume",
+        "tensorboard",
+        "loss_backend",
+        "deepspeed_config",
+    ]
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """What distillation and masked-autoencoder pre-training have in common.
+
+    Args:
+        data_path: image folder, `DIR/<class>/*.jpg`, or a folder that holds it as `DIR/train`.
+        output_dir: checkpoints, metrics and the resolved configuration go here.
+        img_size: side of the square input, pixels.
+        scale: range of the crop's share of the image area.
+        ratio: range of the crop's aspect ratio (width / height).
+        hflip: probability of a horizontal flip.
+        mean: per-channel mean of the input, of 1.
+        std: per-channel standard deviation of the input, of 1.
+        loader: "dali", "torchvision", or "auto": DALI where it is installed.
+        workers: decoding threads (DALI) or processes (torchvision) per rank.
+        epochs: passes over the data.
+        train_batch_size: images per optimizer step, over all ranks.
+        train_micro_batch_size_per_gpu: images per forward pass on one rank; worked out if not given.
+        gradient_accumulation_steps: forward passes per optimizer step; worked out if not given.
+        lr: peak learning rate; overrides `lr_base`.
+        lr_base: peak learning rate per `lr_base_size` images of global batch (linear rule).
+        lr_base_size: see `lr_base`.
+        min_lr: learning rate at the end of the cosine.
+        warmup_epochs: linear warm-up.
+        weight_decay: AdamW's, on weights of two and more dimensions only.
+        opt_betas: AdamW's.
+        clip_grad: largest gradient norm; 0 does not clip.
+        zero_stage: DeepSpeed ZeRO stage, 0, 1 or 2.
+        bf16: bf16 weights with fp32 master weights and fp32 gradient accumulation; else fp32.
+        deepspeed_config: a DeepSpeed JSON file, merged into what these fields say; a contradiction is an error.
+        seed: of the initial weights, the order of the data, the crops, drop path.
+        log_interval: optimizer steps between two lines of metrics.
+        checkpoint_interval: optimizer steps between checkpoints; 0: by time only.
+        checkpoint_minutes: minutes between checkpoints; 0: by steps only. The last step is always saved.
+        checkpoint_hist: checkpoints kept.
+        resume: "auto" continues what `output_dir` holds; "none" starts anew and refuses a folder that holds checkpoints.
+        tensorboard: write event files to `output_dir/tensorboard`.
+    """
+
+    data_path: str
+    output_dir: str
+    img_size: int = 224
+    scale: tuple[float, float] = (0.2, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    hflip: float = 0.5
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+    loader: Literal["auto", "dali", "torchvision"] = "auto"
+    workers: int = 8
+    epochs: int = 300
+    train_batch_size: int = 4096
+    train_micro_batch_size_per_gpu: int | None = None
+    gradient_accumulation_steps: int | None = None
+    lr: float | None = None
+    lr_base: float = 1.5e-4
+    lr_base_size: int = 256
+    min_lr: float = 0.0
+    warmup_epochs: float = 15.0
+    weight_decay: float = 0.05
+    opt_betas: tuple[float, float] = (0.9, 0.95)
+    clip_grad: float = 0.0
+    zero_stage: Literal[0, 1, 2] = 1
+    bf16: bool = True
+    deepspeed_config: str | None = None
+    seed: int = 0
+    log_interval: int = 50
+    checkpoint_interval: int = 0
+    checkpoint_minutes: float = 30.0
+    checkpoint_hist: int = 2
+    resume: Literal["auto", "none"] = "auto"
+    tensorboard: bool = True
+
+    def __post_init__(self) -> None:
+        positive = (
+            "img_size workers epochs train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps lr lr_base "
+            "lr_base_size log_interval checkpoint_hist"
+        )
+        for name in positive.split():
+            value = getattr(self, name)
+            self._check(name, value is None or value > 0, "more than 0")
+        for name in [
+            "min_lr",
+            "warmup_epochs",
+            "weight_decay",
+            "clip_grad",
+            "checkpoint_interval",
+            "checkpoint_minutes",
+            "seed",
+        ]:
+            self._check(name, getattr(self, name) >= 0, "0 or more")
+        low, high = self.scale
+        self._check("scale", 0 < low <= high <= 1, "two shares of the area, 0 < low <= high <= 1")
+        low, high = self.ratio
+        self._check("ratio", 0 < low <= high, "two aspect ratios, 0 < low <= high")
+        self._check("hflip", 0 <= self.hflip <= 1, "a probability")
+        self._check("std", min(self.std) > 0, "three numbers above 0")
+        self._check("opt_betas", all(0 <= b < 1 for b in self.opt_betas), "two numbers in [0, 1)")
+        self._check("warmup_epochs", self.warmup_epochs <= self.epochs, f"at most epochs, {self.epochs}")
+        for f in fields(self):
+            value = getattr(self, f.name)
+            numbers = value if isinstance(value, tuple) else (value,)
+            finite = all(math.isfinite(v) for v in numbers if isinstance(v, float))
+            self._check(f.name, finite, "a finite number")
+
+    def _check(self, name: str, ok: bool, want: str) -> None:
+        if not ok:
+            raise InputError(f"--{name.replace('_', '-')}: got {getattr(self, name)}, want {want}")
+
+    @property
+    def peak_lr(self) -> float:
+        """The learning rate after warm-up."""
+        return self.lr if self.lr is not None else self.lr_base * self.train_batch_size / self.lr_base_size
+
+    def batch_plan(self, world_size: int) -> tuple[int, int]:
+        """Images per forward pass on one rank, and forward passes per optimizer step."""
+        total, micro, accum = (
+            self.train_batch_size,
+            self.train_micro_batch_size_per_gpu,
+            self.gradient_accumulation_steps,
+        )
+        if micro is None:
+            accum = accum or 1
+            micro, rest = divmod(total, accum * world_size)
+        elif accum is None:
+            accum, rest = divmod(total, micro * world_size)
+        else:
+            rest = total - micro * accum * world_size
+        if rest or micro < 1 or accum < 1:
+            raise InputError(
+                f"--train-batch-size: got {total}, want a multiple of train_micro_batch_size_per_gpu "
+                f"({self.train_micro_batch_size_per_gpu or 'free'}) x gradient_accumulation_steps "
+                f"({self.gradient_accumulation_steps or 'free'}) x ranks ({world_size})"
+            )
+        return micro, accum
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillConfig(RunConfig):
+    """A distillation run: a frozen teacher's token relations, reproduced by a student.
+
+    Args:
+        teacher_checkpoint: an official MAE or TinyMIM `.pth`, a checkpoint or export of this package (folder or
+            file), or `timm:NAME` for timm's own weights.
+        student_model: timm name of a VisionTransformer.
+        student_model_kwargs: passed to `timm.create_model`, e.g. `{"reg_tokens": 4}`.
+        student_pos_embed: "sincos", fixed as in MAE, or "learn".
+        teacher_model: timm name of the teacher; read from the checkpoint where that says it.
+        teacher_model_kwargs: passed to `timm.create_model`.
+        target_block: the teacher's block, 1-based; default 18 for 24 blocks (ViT-L), else the last.
+        relation_heads: heads of the relations; must divide both widths; default the teacher's.
+        relations: any of qk, vv, qq, kk.
+        relation_weights: one weight a relation; default 1 each.
+        drop_path: the student's, the same in every block before the last.
+        color_jitter: strength of brightness, contrast and saturation jitter of the student's view.
+        loss_backend: "auto", "triton", "chunked" or "reference".
+    """
+
+    teacher_checkpoint: str
+    student_model: str = "vit_base_patch16_224"
+    student_model_kwargs: dict[str, Any] = field(default_factory=dict)
+    student_pos_embed: Literal["sincos", "learn"] = "sincos"
+    teacher_model: str | None = None
+    teacher_model_kwargs: dict[str, Any] = field(default_factory=dict)
+    target_block: int | None = None
+    relation_heads: int | None = None
+    relations: tuple[Literal["qk", "vv", "qq", "kk"], ...] = ("qk", "vv")
+    relation_weights: tuple[float, ...] | None = None
+    drop_path: float = 0.1
+    color_jitter: float = 0.4
+    loss_backend: Literal["auto", "triton", "chunked", "reference"] = "auto"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check("relations", 0 < len(self.relations) == len(set(self.relations)), "one or more, none twice")
+        weights = self.relation_weights
+        self._check(
+            "relation_weights",
+            weights is None or (len(weights) == len(self.relations) and min(weights) >= 0 < max(weights)),
+            f"{len(self.relations)} weights, one for each of {', '.join(self.relations)}, 0 or more and not all 0",
+        )
+        self._check("relation_heads", self.relation_heads is None or self.relation_heads > 0, "more than 0")
+        self._check("target_block", self.target_block is None or self.target_block > 0, "1 or more")
+        self._check("drop_path", 0 <= self.drop_path < 1, "a probability below 1")
+        self._check("color_jitter", 0 <= self.color_jitter <= 1, "0 to 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig(RunConfig):
+    """A masked-autoencoder pre-training run (He et al., CVPR 2022, arXiv 2111.06377).
+
+    Args:
+        model: timm name of the encoder, a VisionTransformer with a class token.
+        model_kwargs: passed to `timm.create_model`.
+        mask_ratio: share of the patches that the encoder does not see.
+        decoder_embed_dim: width of the decoder.
+        decoder_depth: blocks of the decoder.
+        decoder_num_heads: attention heads of the decoder.
+        norm_pix_loss: normalise each patch's pixels before comparing.
+    """
+
+    model: str = "vit_base_patch16_224"
+    model_kwargs: dict[str, Any] = field(default_factory=dict)
+    mask_ratio: float = 0.75
+    decoder_embed_dim: int = 512
+    decoder_depth: int = 8
+    decoder_num_heads: int = 16
+    norm_pix_loss: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check("mask_ratio", 0 < self.mask_ratio < 1, "a share between 0 and 1")
+        self._check("decoder_depth", self.decoder_depth > 0, "more than 0")
+        self._check("decoder_num_heads", self.decoder_num_heads > 0, "more than 0")
+        self._check(
+            "decoder_embed_dim",
+            self.decoder_embed_dim > 0 and self.decoder_embed_dim % (4 * self.decoder_num_heads) == 0,
+            f"a multiple of 4 x decoder_num_heads ({4 * self.decoder_num_heads})",
+        )
+
+
+Config = TypeVar("Config", bound=RunConfig)
+
+
+def parse(kind: type[Config], argv: Sequence[str], prog: str) -> Config:
+    """Configuration from `--config FILE` and flags, the flags winning.
+
+    `FILE` is a path or the name of a packaged recipe. Flags may be spelled with dashes or underscores.
+
+    Raises:
+        InputError: an unknown key or flag, a missing one, a wrong type or an impossible value; the message names it.
+        SystemExit: after `--help`.
+    """
+    from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser
+
+    parser = ArgumentParser(prog=prog, exit_on_error=False, description=kind.__doc__.split("\n")[0])
+    parser.add_argument("--config", action=ActionConfigFile, help="YAML recipe: a path, or a packaged recipe's name")
+    parser.add_class_arguments(kind)
+    try:
+        values = parser.parse_args(_normalise(argv))
+        return kind(**{f.name: _plain(values[f.name]) for f in fields(kind)})
+    except (ArgumentError, TypeError) as error:
+        raise InputError(_readable(str(error))) from error
+
+
+def _normalise(argv: Sequence[str]) -> list[str]:
+    """Dashes to underscores in flag names, recipe names to paths, launcher's flags out."""
+    args = [re.sub(r"^--[^=]+", lambda m: "--" + m[0][2:].replace("-", "_"), a) for a in argv]
+    args = [
+        a for a in args if not a.startswith("--local_rank")
+    ]  # the DeepSpeed launcher adds it; the environment has it
+    for i, arg in enumerate(args):
+        flag, _, value = arg.partition("=")
+        if flag != "--config":
+            continue
+        at = i if value else i + 1
+        name = value or (args[at] if at < len(args) else "")
+        if name and not Path(name).is_file():
+            packaged = RECIPES / f"{name}.yaml"
+            if not packaged.is_file():
+                known = ", ".join(sorted(p.stem for p in RECIPES.glob("*.yaml")))
+                raise InputError(f"--config: got {name}, want a YAML file or one of the recipes {known}")
+            args[at] = f"--config={packaged}" if value else str(packaged)
+    return args
+
+
+def _plain(value: Any) -> Any:
+    """jsonargparse's Namespace and lists to dict and tuple."""
+    if hasattr(value, "as_dict"):
+        return value.as_dict()
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _readable(message: str) -> str:
+    return re.sub(r"\s+", " ", message).strip()
+
+
+def to_dict(config: RunConfig) -> dict[str, Any]:
+    """Plain types only: what YAML and JSON can hold."""
+    return json.loads(json.dumps(asdict(config)))
+
+
+def to_yaml(config: RunConfig) -> str:
+    return yaml.safe_dump(to_dict(config), sort_keys=False)
+
+
+def differences(saved: dict[str, Any], config: RunConfig) -> list[str]:
+    """Fields that make `config` another run than the saved one, each as `name: saved -> now`."""
+    now = to_dict(config)
+    names = [n for n in [*now, *(set(saved) - set(now))] if n not in FREE_ON_RESUME]
+    return [f"{n}: {saved.get(n)} -> {now.get(n)}" for n in names if saved.get(n) != now.get(n)]

@@ -1,0 +1,136 @@
+"""k-nearest-neighbour accuracy of a checkpoint's features: what it learnt, without training a classifier.
+
+python -m tinymim_fast.evaluate CHECKPOINT --data-path DIR     (DIR/train/<class>/*.jpg and DIR/val/<class>/*.jpg)
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+
+from tinymim_fast.config import IMAGENET_MEAN, IMAGENET_STD
+from tinymim_fast.data import build_eval_loader, scan_image_folder
+from tinymim_fast.errors import EXIT_INPUT, InputError
+from tinymim_fast.models.checkpoints import load_encoder
+from tinymim_fast.models.vit import TappedViT, create_vit, freeze, init_mae_style
+
+
+@torch.inference_mode()
+def extract_features(
+    tap: TappedViT,
+    data_path: str,
+    split: str,
+    *,
+    img_size: int,
+    batch_size: int,
+    workers: int,
+    device: torch.device,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Unit-length features (n, C), fp32 on the CPU, and labels (n,).
+
+    A feature is the mean over patch tokens of what the tapped block's qkv projection reads: for a distilled student the
+    last thing that the relation loss trained.
+    """
+    index = scan_image_folder(data_path, split=split, workers=workers)
+    features, labels = [], []
+    with build_eval_loader(
+        index,
+        loader="auto",
+        batch_size=batch_size,
+        img_size=img_size,
+        resize_size=round(img_size * 256 / 224),
+        device=device,
+        rank=0,
+        world_size=1,
+        workers=workers,
+        mean=IMAGENET_MEAN,
+        std=IMAGENET_STD,
+    ) as loader:
+        for images, targets, _ in loader:
+            tokens = tap.tokens(images)[:, tap.num_prefix_tokens :]
+            features.append(F.normalize(tokens.float().mean(1), dim=1).cpu())
+            labels.append(torch.as_tensor(targets).cpu())
+    return torch.cat(features), torch.cat(labels)
+
+
+def knn_accuracy(
+    train: tuple[torch.Tensor, torch.Tensor],
+    val: tuple[torch.Tensor, torch.Tensor],
+    *,
+    k: int = 20,
+    temperature: float = 0.07,
+) -> float:
+    """Top-1 accuracy, 0 to 1, of the weighted k-NN classifier of DINO (arXiv 2104.14294).
+
+    Each of the `k` nearest training features votes for its class with `exp(cosine / temperature)`.
+
+    Args:
+        train: unit-length features (n, C) and labels (n,).
+        val: the same, of what is classified.
+        k: neighbours.
+        temperature: of the votes.
+    """
+    (x, y), (queries, truth) = train, val
+    num_classes = int(y.max()) + 1
+    correct = 0
+    for chunk, labels in zip(queries.split(1024), truth.split(1024), strict=True):
+        similarity, nearest = (chunk @ x.T).topk(min(k, len(x)), dim=1)
+        votes = chunk.new_zeros(len(chunk), num_classes)
+        votes.scatter_add_(1, y[nearest], (similarity / temperature).exp())
+        correct += int((votes.argmax(1) == labels).sum())
+    return correct / len(queries)
+
+
+def evaluate_knn(
+    checkpoint: str,
+    data_path: str,
+    *,
+    untrained: bool = False,
+    batch_size: int = 64,
+    workers: int = 2,
+    seed: int = 0,
+) -> float:
+    """k-NN accuracy of a checkpoint, or of the same architecture with fresh weights.
+
+    Raises:
+        InputError: no checkpoint, or no such folders.
+    """
+    vit, info = load_encoder(checkpoint, flag="CHECKPOINT", model_flag="CHECKPOINT")
+    img_size = info.model_kwargs["img_size"]
+    if untrained:
+        torch.manual_seed(seed)
+        vit = create_vit(info.architecture, flag="CHECKPOINT", **info.model_kwargs)
+        init_mae_style(vit, pos_embed=info.recipe.get("student_pos_embed", "sincos"))
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    tap = freeze(TappedViT(vit, len(vit.blocks)), torch.float32, device)
+    splits = [
+        extract_features(
+            tap, data_path, split, img_size=img_size, batch_size=batch_size, workers=workers, device=device
+        )
+        for split in ("train", "val")
+    ]
+    return knn_accuracy(*splits)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tinymim_fast.evaluate", description=__doc__.split("\n")[0])
+    parser.add_argument("checkpoint", help="a run's output folder, a checkpoint, an export, or timm:NAME")
+    parser.add_argument("--data-path", required=True, help="folder with train/<class>/ and val/<class>/")
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--workers", type=int, default=2)
+    args = parser.parse_args(argv)
+    try:
+        accuracy = evaluate_knn(args.checkpoint, args.data_path, batch_size=args.batch_size, workers=args.workers)
+    except InputError as error:
+        print(f"evaluate: {error}", file=sys.stderr)
+        return EXIT_INPUT
+    print(f"k-NN accuracy: {100 * accuracy:.2f} %")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

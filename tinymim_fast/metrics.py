@@ -1,0 +1,129 @@
+"""What a run says of itself: progress bar or log lines, metrics.jsonl, TensorBoard, a picture of the curves."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+logger = logging.getLogger("tinymim_fast")
+METRICS = "metrics.jsonl"
+
+
+class Recorder:
+    """Writes the records of one run; on other ranks than 0 it does nothing.
+
+    Args:
+        output_dir: the run's folder.
+        total_steps: optimizer steps of the whole run.
+        start_step: step to go on from; records after it, of a run that was cut off, are dropped.
+        tensorboard: write event files.
+        enabled: False on other ranks than 0.
+    """
+
+    def __init__(self, output_dir: Path, *, total_steps: int, start_step: int, tensorboard: bool, enabled: bool):
+        self._enabled = enabled
+        self._writer = None
+        if not enabled:
+            return
+        self._path = output_dir / METRICS
+        _drop_after(self._path, start_step)
+        self._file = open(self._path, "a", buffering=1)  # noqa: SIM115
+        self._total = total_steps
+        self._bar = tqdm(
+            total=total_steps,
+            initial=start_step,
+            unit="step",
+            disable=not sys.stderr.isatty(),
+            dynamic_ncols=True,
+        )
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(output_dir / "tensorboard"), purge_step=start_step + 1)
+
+    def advance(self) -> None:
+        """One optimizer step was queued."""
+        if self._enabled:
+            self._bar.update()
+
+    def write(self, record: dict[str, Any]) -> None:
+        """One line of metrics; `record` has "step", and numbers."""
+        if not self._enabled:
+            return
+        self._file.write(json.dumps(record) + "\n")
+        shown = {k: f"{v:.4g}" for k, v in record.items() if k not in ("step", "time")}
+        self._bar.set_postfix(shown, refresh=False)
+        if self._bar.disable:
+            logger.info("step %d/%d  %s", record["step"], self._total, "  ".join(f"{k} {v}" for k, v in shown.items()))
+        if self._writer is not None:
+            for key, value in record.items():
+                if key not in ("step", "time"):
+                    self._writer.add_scalar(key, value, record["step"])
+
+    def close(self) -> None:
+        if self._enabled:
+            self._bar.close()
+            self._file.close()
+            if self._writer is not None:
+                self._writer.close()
+
+
+def read_metrics(output_dir: Path) -> list[dict[str, Any]]:
+    """The records of a run; a line that was cut off in writing is left out."""
+    records = []
+    for line in (output_dir / METRICS).read_text().splitlines():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            continue
+    return records
+
+
+def _drop_after(path: Path, step: int) -> None:
+    if not path.exists():
+        return
+    kept = [r for r in read_metrics(path.parent) if r["step"] <= step]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(r) + "\n" for r in kept))
+    os.replace(temporary, path)
+
+
+def plot_curves(output_dir: Path, parts: tuple[str, ...]) -> Path:
+    """`curves.png`: the loss with its parts, the learning rate, and the speed, by step."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    records = read_metrics(output_dir)
+    steps = [r["step"] for r in records]
+    figure = Figure(figsize=(9, 6.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.add_gridspec(2, 2, height_ratios=(2, 1))
+    loss, lr, speed = (
+        figure.add_subplot(grid[0, :]),
+        figure.add_subplot(grid[1, 0]),
+        figure.add_subplot(grid[1, 1]),
+    )
+    for part in parts:
+        loss.plot(steps, [r[part] for r in records], label=part, linewidth=1.8 if part == "loss" else 1.1)
+    loss.set(ylabel="loss", xlabel="optimizer step")
+    if all(r[p] > 0 for r in records for p in parts):
+        loss.set_yscale("log")
+    if len(parts) > 1:
+        loss.legend(frameon=False)
+    lr.plot(steps, [r["lr"] for r in records], color="tab:green")
+    lr.set(ylabel="learning rate", xlabel="optimizer step")
+    speed.plot(steps, [r["images_per_s"] for r in records], color="tab:red")
+    speed.set(ylabel="images/s", xlabel="optimizer step", ylim=(0, None))
+    for axes in (loss, lr, speed):
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    path = output_dir / "curves.png"
+    figure.savefig(path.with_suffix(".tmp.png"), dpi=120)
+    os.replace(path.with_suffix(".tmp.png"), path)
+    return path
