@@ -272,7 +272,6 @@ class Run:
                     work, answer = agreement
                     work.wait()
                     request = int(answer)
-                agreement = self.world.start_max(self._wish())
 
                 if self.step % config.log_interval == 0 or self.step == self.total_steps or request:
                     self._report()  # the only place where the host waits for the device
@@ -280,6 +279,7 @@ class Run:
                     self._save()
                 if request == STOP and self.step < self.total_steps:
                     raise Terminated(f"stopped by SIGTERM at step {self.step}, saved; the same command continues")
+                agreement = self.world.start_max(self._wish())
         finally:
             signal.signal(signal.SIGTERM, previous)
             self.recorder.close()
