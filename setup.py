@@ -8,7 +8,7 @@ HERE = Path(__file__).parent
 VERSION = (HERE / "tinymim_fast" / "version.py").read_text().split('"')[1]
 
 TRAIN = [
-    "timm>=1.0.15,<1.1",
+    "timm>=1.0.31,<1.1",
     "deepspeed>=0.19,<0.20",
     "xformers>=0.0.35",
     "torchvision>=0.26",

@@ -26,6 +26,8 @@ def extract_features(
     split: str,
     *,
     img_size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
     batch_size: int,
     workers: int,
     device: torch.device,
@@ -47,8 +49,8 @@ def extract_features(
         rank=0,
         world_size=1,
         workers=workers,
-        mean=IMAGENET_MEAN,
-        std=IMAGENET_STD,
+        mean=mean,
+        std=std,
     ) as loader:
         for images, targets, _ in loader:
             tokens = tap.tokens(images)[:, tap.num_prefix_tokens :]
@@ -107,13 +109,16 @@ def evaluate_knn(
         init_mae_style(vit, pos_embed=info.recipe.get("student_pos_embed", "sincos"))
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     tap = freeze(TappedViT(vit, len(vit.blocks)), torch.float32, device)
-    splits = [
-        extract_features(
-            tap, data_path, split, img_size=img_size, batch_size=batch_size, workers=workers, device=device
-        )
-        for split in ("train", "val")
-    ]
-    return knn_accuracy(*splits)
+    options = {
+        "img_size": img_size,
+        "mean": info.recipe.get("mean", IMAGENET_MEAN),
+        "std": info.recipe.get("std", IMAGENET_STD),
+        "batch_size": batch_size,
+        "workers": workers,
+        "device": device,
+    }
+    train, val = (extract_features(tap, data_path, split, **options) for split in ("train", "val"))
+    return knn_accuracy(train, val)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

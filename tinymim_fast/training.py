@@ -82,8 +82,9 @@ def main(
             engines.stop()
     except (InputError, NonFiniteLossError, Terminated) as stopped:
         codes = {NonFiniteLossError: EXIT_NON_FINITE, Terminated: EXIT_TERMINATED}
-        if rank == "0" or not isinstance(stopped, Terminated):
-            print(f"{prog}: {stopped}", file=sys.stderr, flush=True)
+        if rank != "0":
+            time.sleep(3)  # rank 0 most likely says the same, and its exit makes the launcher end this process
+        print(f"{prog}: {stopped}", file=sys.stderr, flush=True)
         return codes.get(type(stopped), EXIT_INPUT)
     return 0
 

@@ -80,7 +80,7 @@ class TappedViT(nn.Module):
         model.blocks = model.blocks[:block]
         last = model.blocks[-1]
         self.num_heads = last.attn.num_heads
-        self.qkv_dim = last.attn.attn_dim
+        self.qkv_dim = last.attn.qkv.out_features // 3
         for name in ("ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2"):
             setattr(last, name, nn.Identity())
         for name in ("attn_drop", "norm", "proj", "proj_drop"):
