@@ -5,6 +5,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+os.environ.setdefault(
+    "OMP_WAIT_POLICY", "passive"
+)  # before torch: spinning threads starve the other processes of a test
+
 import pytest
 
 from tests_support import TEACHER

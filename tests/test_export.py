@@ -1,4 +1,5 @@
 import json
+import math
 
 import pytest
 import safetensors
@@ -74,13 +75,18 @@ def test_pretrained_checkpoints_export_without_their_decoder(image_folder, teach
 
 
 def test_knn_votes_by_similarity():
-    """Written out on four points: two near ones of class 1 outvote a nearer one of class 0 at a high temperature."""
-    angles = torch.tensor([0.10, 0.2, 0.21, 3.0])
-    train_set = (torch.stack([angles.cos(), angles.sin()], 1), torch.tensor([0, 1, 1, 0]))
-    query = (torch.tensor([[1.0, 0.0]]), torch.tensor([1]))
-    assert knn_accuracy(train_set, query, k=3, temperature=1.0) == 1.0
-    assert knn_accuracy(train_set, query, k=1, temperature=1.0) == 0.0
-    assert knn_accuracy(train_set, query, k=3, temperature=0.001) == 0.0
+    """Written out with loops: standardised features, cosines, exponential votes of the k nearest."""
+    generator = torch.Generator().manual_seed(0)
+    x, queries = torch.randn(30, 4, generator=generator) * 3 + 1, torch.randn(20, 4, generator=generator) * 3 + 1
+    y, truth = torch.arange(30) % 3, torch.arange(20) % 3
+    z = [(f - x.mean(0)) / x.std(0) for f in (x, queries)]
+    correct = 0
+    for query, label in zip(z[1], truth.tolist(), strict=True):
+        cosines = [float(torch.cosine_similarity(query, other, dim=0)) for other in z[0]]
+        nearest = sorted(range(30), key=lambda i: -cosines[i])[:5]
+        votes = [sum(math.exp(cosines[i] / 0.5) for i in nearest if y[i] == c) for c in range(3)]
+        correct += votes.index(max(votes)) == label
+    assert knn_accuracy((x, y), (queries, truth), k=5, temperature=0.5) == correct / 20
 
 
 def test_knn_of_a_checkpoint(run, image_folder):

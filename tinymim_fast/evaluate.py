@@ -32,7 +32,7 @@ def extract_features(
     workers: int,
     device: torch.device,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Unit-length features (n, C), fp32 on the CPU, and labels (n,).
+    """Features (n, C), fp32 on the CPU, and labels (n,).
 
     A feature is the mean over patch tokens of what the tapped block's qkv projection reads: for a distilled student the
     last thing that the relation loss trained.
@@ -54,7 +54,7 @@ def extract_features(
     ) as loader:
         for images, targets, _ in loader:
             tokens = tap.tokens(images)[:, tap.num_prefix_tokens :]
-            features.append(F.normalize(tokens.float().mean(1), dim=1).cpu())
+            features.append(tokens.float().mean(1).cpu())
             labels.append(torch.as_tensor(targets).cpu())
     return torch.cat(features), torch.cat(labels)
 
@@ -68,15 +68,18 @@ def knn_accuracy(
 ) -> float:
     """Top-1 accuracy, 0 to 1, of the weighted k-NN classifier of DINO (arXiv 2104.14294).
 
-    Each of the `k` nearest training features votes for its class with `exp(cosine / temperature)`.
+    Each of the `k` nearest training features votes for its class with `exp(cosine / temperature)`. Features are
+    standardised first, by the mean and standard deviation of each channel over the training features.
 
     Args:
-        train: unit-length features (n, C) and labels (n,).
+        train: features (n, C) and labels (n,).
         val: the same, of what is classified.
         k: neighbours.
         temperature: of the votes.
     """
     (x, y), (queries, truth) = train, val
+    std, mean = torch.std_mean(x, dim=0)
+    x, queries = (F.normalize((f - mean) / (std + 1e-6), dim=1) for f in (x, queries))
     num_classes = int(y.max()) + 1
     correct = 0
     for chunk, labels in zip(queries.split(1024), truth.split(1024), strict=True):

@@ -6,8 +6,11 @@ deepspeed tinymim_fast/train.py --config tinymim_fast/recipes/NAME.yaml --data-p
 
 from __future__ import annotations
 
+import os
 import sys
 
+# Before torch starts OpenMP: its threads spin while they wait, and would take the cores from those that decode.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 if __package__ in (
     None,
     "",
