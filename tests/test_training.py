@@ -237,8 +237,9 @@ def damaged_teacher(tmp_path, image_folder):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"data_path": "/no/such/folder"}, "/no/such/folder"),
-        ({"data_path": "EMPTY"}, "empty"),
+        ({"data_path": "/no/such/folder"}, "--data-path: got /no/such/folder"),
+        ({"data_path": "EMPTY"}, "--data-path: got .*is empty"),
+        ({"data_path": "NO_IMAGES"}, "--data-path: got .*has no images"),
         ({"teacher_checkpoint": "/no/such/file.pth"}, "--teacher-checkpoint /no/such/file.pth: no such checkpoint"),
         ({"teacher_checkpoint": "TEXT"}, "not a checkpoint that can be read"),
         (
@@ -258,7 +259,9 @@ def damaged_teacher(tmp_path, image_folder):
 def test_bad_input_is_named_and_nothing_is_written(world, image_folder, teacher_file, tmp_path, changes, message):
     (tmp_path / "empty").mkdir()
     (tmp_path / "text.pth").write_text("no checkpoint")
-    stand_ins = {"EMPTY": tmp_path / "empty", "TEXT": tmp_path / "text.pth"}
+    (tmp_path / "no_images" / "class").mkdir(parents=True)
+    (tmp_path / "no_images" / "class" / "readme.txt").write_text("no image")
+    stand_ins = {"NO_IMAGES": tmp_path / "no_images", "EMPTY": tmp_path / "empty", "TEXT": tmp_path / "text.pth"}
     changes = {k: stand_ins.get(v, v) for k, v in changes.items()}
     with pytest.raises(InputError, match=message):
         distil(world, *distill_flags(image_folder, teacher_file, tmp_path / "run", **changes))

@@ -169,7 +169,10 @@ def find_checkpoint(config: RunConfig) -> Path | None:
 
 def _find_images(config: RunConfig, *, resumed: bool) -> ImageFolderIndex:
     """The images of `--data-path`; a continued run keeps the list and the order that it began with."""
-    index = scan_image_folder(config.data_path, split="train", workers=config.workers)
+    try:
+        index = scan_image_folder(config.data_path, split="train", workers=config.workers)
+    except InputError as error:
+        raise InputError(f"--data-path: {error}") from error
     saved = Path(config.output_dir) / INDEX
     if resumed and saved.exists():
         before = ImageFolderIndex.load(saved)
