@@ -46,10 +46,11 @@ def check_supported(model: nn.Module, *, flag: str) -> None:
     if type(model).forward_features is not VisionTransformer.forward_features:
         raise InputError(f"{flag}: {type(model).__name__} has a forward of its own, want a plain VisionTransformer")
     for i, block in enumerate(model.blocks, start=1):
-        if type(block) is not Block or type(block.attn) is not Attention:
+        attn = type(getattr(block, "attn", None))
+        if type(block) is not Block or attn is not Attention:
             raise InputError(
-                f"{flag}: block {i} is a {type(block).__name__} with {type(block.attn).__name__}, want timm's Block with "
-                "Attention (pre-norm, one qkv projection)"
+                f"{flag}: block {i} is a {type(block).__name__} with {attn.__name__}, want timm's Block with Attention "
+                "(pre-norm, one qkv projection)"
             )
 
 
