@@ -367,10 +367,11 @@ class Run:
         except (OSError, RuntimeError) as error:
             if self.world.is_main:
                 shutil.rmtree(temporary, ignore_errors=True)
-            last = latest_checkpoint(self.output_dir)
+            free_mib = shutil.disk_usage(self.output_dir).free >> 20  # PyTorch reports a full disk as "unexpected pos"
             raise InputError(
-                f"--output-dir {self.output_dir}: the checkpoint of step {self.step} can't be saved: {error}; the last good "
-                f"one is {last or 'none'}. Free space and start the same command again"
+                f"--output-dir {self.output_dir}: the checkpoint of step {self.step} can't be saved ({free_mib} MiB are free): "
+                f"{error}; the last good one is {latest_checkpoint(self.output_dir) or 'none'}. "
+                "Free space and start the same command again"
             ) from error
         self.last_saved = self.step
         self.saved_at = time.monotonic()
