@@ -395,8 +395,3 @@ def test_bad_input_is_named(message):
     arguments = dict(zip(("x_s", "y_s", "x_t", "y_t"), inputs(GOOD)))
     with pytest.raises(ValueError, match=f"^{message}"):
         relation_kl(**{**arguments, **BAD[message]})
-
-
-def test_triton_is_reserved():
-    with pytest.raises(NotImplementedError, match="not in this version"):
-        relation_kl(*inputs(GOOD), backend="triton")

@@ -246,8 +246,3 @@ def test_bad_input_is_named(message):
 def test_bad_weights_are_named(weights):
     with pytest.raises(ValueError, match=r"^weights: got .*, want one finite weight for each"):
         RelationLoss(3, weights=weights)
-
-
-def test_triton_is_reserved():
-    with pytest.raises(NotImplementedError, match="not in this version"):
-        RelationLoss(3, backend="triton")
