@@ -107,9 +107,9 @@ def choose_tile(operands: Operands) -> tiles.TileConfig:
     return tiles.choose(what)
 
 
-def problem(operands: Operands) -> tiles.Problem:
+def problem(operands: Operands, arch: str | None = None) -> tiles.Problem:
     return tiles.Problem(
-        arch=_arch(operands.x_s.device),
+        arch=arch or _arch(operands.x_s.device),
         bucket=padded(operands.x_s.shape[2]),
         head_dim_s=padded(operands.x_s.shape[3]),
         head_dim_t=padded(operands.x_t.shape[3]),
@@ -120,7 +120,7 @@ def problem(operands: Operands) -> tiles.Problem:
 def why_not(x_s: Tensor, x_t: Tensor) -> str | None:
     """Why this backend cannot take the tensors (B, H, N, D); None if it can."""
     if not HAS_TRITON:
-        return "triton is not installed"
+        return "but triton is not installed"
     device = x_s.device
     if device.type != "cuda" and not (device.type == "cpu" and INTERPRETED):
         return (

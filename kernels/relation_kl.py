@@ -194,7 +194,7 @@ def resolve_backend(backend: str, x_s: Tensor, x_t: Tensor) -> str:
     if backend == "auto":
         return "triton" if x_s.device.type == "cuda" and fused.why_not(x_s, x_t) is None else "chunked"
     if backend == "triton" and (reason := fused.why_not(x_s, x_t)) is not None:
-        raise ValueError(f"backend: got 'triton' {reason}; want 'auto' or 'chunked'")
+        raise ValueError(f"backend: got 'triton', {reason}; want 'auto' or 'chunked'")
     return backend
 
 

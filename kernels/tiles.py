@@ -5,7 +5,7 @@ prints lines for `TUNED`.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 
@@ -47,6 +47,9 @@ class Problem:
 # Measured choices, printed by benchmarks/tune_tiles.py. Empty: no GPU was at hand yet.
 TUNED: dict[Problem, TileConfig] = {}
 
+# Matrix units that take the keys from shared memory: elsewhere they fill registers.
+ROOMY = ("sm_90", "sm_100")
+
 # Shared memory that one program may have, in bytes.
 SHARED_MEMORY = {
     "sm_80": 163 * 1024,
@@ -67,11 +70,13 @@ def choose(problem: Problem) -> TileConfig:
 
 def default(problem: Problem) -> TileConfig:
     """For hardware that nobody has tuned: what compiles without spills, see benchmarks/results/aot_report.csv."""
-    if fits_single_pass(problem):
-        # 64 keys a warp: fewer, and each row's reductions and reciprocals are repeated in more warps.
-        num_warps = max(1, problem.bucket // 64)
-        return TileConfig(kernel="single_pass", block_queries=16, block_keys=problem.bucket, num_warps=num_warps)
-    return default_tiled(problem)
+    # 64 keys a warp: fewer, and each row's reductions and reciprocals are repeated in more warps.
+    tile = TileConfig(
+        kernel="single_pass", block_queries=16, block_keys=problem.bucket, num_warps=max(1, problem.bucket // 64)
+    )
+    if problem.bucket == 256 and problem.head_dim_s == 32 and problem.arch not in ROOMY:
+        tile = replace(tile, block_queries=32, num_warps=8)
+    return tile if fits_single_pass(problem, tile) else default_tiled(problem)
 
 
 def default_tiled(problem: Problem) -> TileConfig:
@@ -80,14 +85,14 @@ def default_tiled(problem: Problem) -> TileConfig:
     return TileConfig(kernel="tiled", block_queries=64, block_keys=32, num_warps=4)
 
 
-def fits_single_pass(problem: Problem) -> bool:
-    """Whether the keys of a head and the maps of 16 queries fit into registers and shared memory."""
-    if problem.bucket > 256 or problem.itemsize > 2 or problem.head_dim_s > 64:
+def fits_single_pass(problem: Problem, tile: TileConfig) -> bool:
+    """Whether the keys of a head and the maps of a block of queries fit into registers and shared memory."""
+    widest_s = 64 if problem.bucket < 256 or problem.arch in ROOMY else 32
+    if problem.bucket > 256 or problem.itemsize > 2 or problem.head_dim_s > widest_s:
         return False
-    keys = problem.bucket * (problem.head_dim_s + problem.head_dim_t) * problem.itemsize
-    queries = 16 * (problem.head_dim_s + problem.head_dim_t) * problem.itemsize
-    maps = problem.bucket * 16 * problem.itemsize
-    return keys + queries + maps <= SHARED_MEMORY.get(problem.arch, 64 * 1024)
+    widths = problem.head_dim_s + problem.head_dim_t
+    elements = (problem.bucket + tile.block_queries) * widths + problem.bucket * tile.block_queries
+    return elements * problem.itemsize <= SHARED_MEMORY.get(problem.arch, 64 * 1024)
 
 
 def candidates(problem: Problem) -> Iterator[TileConfig]:
