@@ -47,8 +47,8 @@ class Problem:
 # Measured choices, printed by benchmarks/tune_tiles.py. Empty: no GPU was at hand yet.
 TUNED: dict[Problem, TileConfig] = {}
 
-# Matrix units that take the keys from shared memory: elsewhere they fill registers.
-ROOMY = ("sm_90", "sm_100")
+# Where one operand of the matrix unit stays out of the registers, or there are 512 of them.
+ROOMY = ("sm_90", "sm_100", "gfx90a", "gfx942")
 
 # Shared memory that one program may have, in bytes.
 SHARED_MEMORY = {
@@ -81,8 +81,8 @@ def default(problem: Problem) -> TileConfig:
 
 def default_tiled(problem: Problem) -> TileConfig:
     if problem.itemsize == 4:
-        return TileConfig(kernel="tiled", block_queries=32, block_keys=32, num_warps=4)
-    return TileConfig(kernel="tiled", block_queries=64, block_keys=32, num_warps=4)
+        return TileConfig(kernel="tiled", block_queries=32, block_keys=16, num_warps=4)
+    return TileConfig(kernel="tiled", block_queries=64, block_keys=32 if problem.arch in ROOMY else 16, num_warps=4)
 
 
 def fits_single_pass(problem: Problem, tile: TileConfig) -> bool:
