@@ -8,7 +8,7 @@ sees whole rows of the relations, transposed: S^T is keys x queries, softmax run
     dS  = e_s / l_s - e_t / l_t              taken in fp32, before any rounding
     dX  = scale_s * dS^T Y_s,  dY = scale_s * dS X_s          where x is y, their sum
 
-No row maximum is subtracted: it would cost two reductions across lanes and a third of all instructions. The sums
+No row maximum is subtracted: it would cost two reductions across lanes, a fifth of all instructions. The sums
 tell whether that was sound. Within 2^-60 and 2^60 nothing overflowed and what underflowed is below 2^-58 of the
 row; a program that sees another sum raises a flag, and a second launch with EXACT, in which all other programs
 return at once, computes its rows with their maxima.
