@@ -18,7 +18,6 @@ import harness
 from tinymim_fast.kernels import relation_loss
 
 Provider = Callable[[Tensor, Tensor, int, list[str]], Tensor]
-OURS = "chunked"
 
 
 def official(qkv_s: Tensor, qkv_t: Tensor, num_heads: int, relations: list[str]) -> Tensor:
@@ -54,6 +53,7 @@ PROVIDERS: dict[str, Provider] = {
     "compile": torch.compile(official, dynamic=False),
     "reference": ours("reference"),
     "chunked": ours("chunked"),
+    "triton": ours("triton"),
 }
 
 
@@ -130,16 +130,20 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--head-dim-s", type=int, default=16)
     parser.add_argument("--head-dim-t", type=int, default=64)
     parser.add_argument("--relations", nargs="+", default=["qk", "qk+vv"], help="each is timed on its own")
-    parser.add_argument("--providers", nargs="+", default=list(PROVIDERS), choices=list(PROVIDERS))
+    parser.add_argument(
+        "--providers", nargs="+", choices=list(PROVIDERS), help="all that run on the device if not given"
+    )
     parser.add_argument("--num-repeats", type=int, default=15)
     parser.add_argument("--output", type=Path)
-    return parser.parse_args()
+    args = parser.parse_args()
+    args.providers = args.providers or [name for name in PROVIDERS if name != "triton" or args.device != "cpu"]
+    return args
 
 
 def main() -> None:
     args = parse_args()
     rows = [row for relations in args.relations for row in measure(args, relations.split("+"))]
-    harness.print_table(rows, ours=OURS)
+    harness.print_table(rows, ours="chunked" if args.device == "cpu" else "triton")
     if args.output:
         harness.write_csv(args.output, rows)
 

@@ -12,7 +12,7 @@ cache. The difference p_s - p_t is taken in the working dtype, before any roundi
 that is left.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -92,6 +92,41 @@ def relation_kl(
                 d_y[chunk] = torch.bmm(d_logits.mT, xs).mul_(scale_s).view(d_y[chunk].shape)
 
     return rows if padding is None else rows.masked_fill_(padding, 0)
+
+
+def packed_relation_kl(
+    student: dict[str, Tensor],
+    teacher: dict[str, Tensor],
+    relations: Sequence[str],
+    *,
+    scale_s: float,
+    scale_t: float,
+    lengths: Tensor | None = None,
+    d_student: dict[str, Tensor] | None = None,
+) -> list[Tensor]:
+    """Row losses of each relation; the student's gradient is written into `d_student`.
+
+    Args:
+        student, teacher: "q", "k" and "v" of packed projections, each (B, H, N, D).
+        relations: of "qk", "vv", "qq" and "kk", no two with a projection in common.
+        scale_s, scale_t, lengths: as for relation_kl.
+        d_student: places for the gradients, like `student`; None where none is wanted.
+    """
+    places = d_student or {}
+    return [
+        relation_kl(
+            student[x],
+            student[y],
+            teacher[x],
+            teacher[y],
+            scale_s=scale_s,
+            scale_t=scale_t,
+            lengths=lengths,
+            d_x=places.get(x),
+            d_y=places.get(y),
+        )
+        for x, y in relations
+    ]
 
 
 def log_relation(x: Tensor, y: Tensor, scale: float, pad: Tensor | None, logits: Tensor, out: Tensor) -> None:

@@ -49,15 +49,14 @@ def relation_loss(
             number of heads of either model's attention.
         relations: different ones of "qk", "vv", "qq", "kk", at least one.
         lengths: (B,) integers, as for relation_kl.
-        backend: "auto", "chunked" or "reference"; "auto" is "chunked".
+        backend: as for relation_kl.
 
     Returns:
         {"loss": the sum, and each relation's name: its mean row loss}, scalars in nats; fp64 where an input
         is fp64, else fp32. All are differentiable with respect to qkv_s.
 
     Raises:
-        ValueError: an argument's shape, dtype, device, strides or value is wrong.
-        NotImplementedError: backend "triton", which this version does not have.
+        ValueError: an argument's shape, dtype, device, strides or value is wrong, or backend "triton" cannot take it.
 
     Memory: as relation_kl; kept for the backward pass is the packed gradient.
 
@@ -72,11 +71,10 @@ def relation_loss(
         losses = _reference_losses(qkv_s, qkv_t, lengths, relation_heads, relations)
     else:
         want_grad = torch.is_grad_enabled() and qkv_s.requires_grad
+        fused = resolve_backend(backend, *(_projections(qkv, relation_heads)["q"] for qkv in (qkv_s, qkv_t)))
         losses = {}
         for group in _groups_without_shared_projection(relations):
-            means, _ = _relation_loss(
-                qkv_s, qkv_t, lengths, relation_heads, ",".join(group), resolve_backend(backend), want_grad
-            )
+            means, _ = _relation_loss(qkv_s, qkv_t, lengths, relation_heads, ",".join(group), fused, want_grad)
             losses.update(zip(group, means.unbind(), strict=True))
     return {"loss": sum(losses.values()), **{relation: losses[relation] for relation in relations}}
 
@@ -148,23 +146,16 @@ def _relation_loss(
     grad = _empty_gradient(qkv_s, want_grad)
     if want_grad and len(set(relations) & set("qkv")) < 3:
         grad.zero_()
-    student, teacher = _projections(qkv_s, relation_heads), _projections(qkv_t, relation_heads)
-    d_student = _projections(grad, relation_heads) if want_grad else {}
-    means = []
-    for x, y in names:
-        rows = FUSED[backend](
-            student[x],
-            student[y],
-            teacher[x],
-            teacher[y],
-            scale_s=_scale(qkv_s, relation_heads),
-            scale_t=_scale(qkv_t, relation_heads),
-            lengths=lengths,
-            d_x=d_student.get(x),
-            d_y=d_student.get(y),
-        )
-        means.append(reduce_rows(rows, lengths, "mean"))
-    return torch.stack(means), grad
+    rows = FUSED[backend].packed_relation_kl(
+        _projections(qkv_s, relation_heads),
+        _projections(qkv_t, relation_heads),
+        names,
+        scale_s=_scale(qkv_s, relation_heads),
+        scale_t=_scale(qkv_t, relation_heads),
+        lengths=lengths,
+        d_student=_projections(grad, relation_heads) if want_grad else None,
+    )
+    return torch.stack([reduce_rows(of_one, lengths, "mean") for of_one in rows]), grad
 
 
 @_relation_loss.register_fake

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import tinymim_fast.training as training
-from tests_support import DEEPSPEED, PACKAGE, TINY, distill_flags, run_training, start_training
+from tests_support import DEEPSPEED, PACKAGE, TINY, distill_flags, free_port, run_training, start_training
 from tinymim_fast import pretrain, train
 from tinymim_fast.config import DistillConfig, PretrainConfig, parse
 from tinymim_fast.errors import EXIT_INPUT, EXIT_NON_FINITE, EXIT_TERMINATED, InputError, NonFiniteLossError
@@ -77,6 +77,7 @@ def test_ranks_zero_stages_and_accumulation_train_the_same_way(world, image_fold
         code, output = run_training(
             DEEPSPEED,
             "--num_accelerators=2",
+            f"--master_port={free_port()}",
             PACKAGE / "train.py",
             *distill_flags(
                 image_folder, teacher_file, tmp_path / f"two{stage}", zero_stage=stage, loader="auto", **base
@@ -309,7 +310,7 @@ def test_pretraining_under_launchers_gives_a_teacher(world, image_folder, tmp_pa
     torchrun = Path(sys.executable).parent / "torchrun"
     starts = {
         "torchrun": [torchrun, "--standalone", "--nproc-per-node=2"],
-        "deepspeed": [DEEPSPEED, "--num_accelerators=2"],
+        "deepspeed": [DEEPSPEED, "--num_accelerators=2", f"--master_port={free_port()}"],
     }
     code, output = run_training(*starts[launcher], PACKAGE / "pretrain.py", *flags)
     assert code == 0, output

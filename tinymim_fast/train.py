@@ -26,6 +26,7 @@ import torch
 from tinymim_fast import training
 from tinymim_fast.config import DistillConfig, to_dict
 from tinymim_fast.engine import World
+from tinymim_fast.errors import InputError
 from tinymim_fast.models.checkpoints import ModelInfo, load_encoder, load_state, read_weights
 from tinymim_fast.models.vit import (
     TappedViT,
@@ -75,15 +76,21 @@ def build_task(config: DistillConfig, world: World, checkpoint: Path | None) -> 
     initial = {name: tensor.detach().clone() for name, tensor in student.state_dict().items()}
 
     teacher, block, heads = build_teacher(config)
+    tap = TappedViT(student, len(student.blocks))
     distiller = RelationDistiller(
-        TappedViT(student, len(student.blocks)),
+        tap,
         teacher,
         relation_heads=heads,
         relations=config.relations,
         weights=config.relation_weights,
         backend=config.loss_backend,
     )
-    freeze(teacher, torch.bfloat16 if config.bf16 else torch.float32, world.device)
+    dtype = torch.bfloat16 if config.bf16 else torch.float32
+    freeze(teacher, dtype, world.device)
+    try:  # on one token: a backend that can't run here says so now, not after the set-up
+        distiller.loss(*(torch.zeros(1, 1, 3 * t.qkv_dim, dtype=dtype, device=world.device) for t in (tap, teacher)))
+    except ValueError as error:
+        raise InputError(f"--loss-backend {config.loss_backend}: {error}") from error
 
     def prepare(views: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         teacher_view, student_view = views

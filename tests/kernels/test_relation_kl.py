@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from relation_support import assert_relation_kl_as_exact, inputs, log_relations, loss_and_grads, pytorch_kl
 from tinymim_fast.kernels import chunked, reference, relation_kl
 
 BACKENDS = ["reference", "chunked"]
@@ -26,49 +27,10 @@ SHAPES = [
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 
 
-def inputs(shape, dtype=torch.float32, seed=0):
-    """x_s, y_s, x_t, y_t; the teacher sharper than the student, so that the loss is of order one."""
-    b, h, n, d_s, d_t = shape
-    generator = torch.Generator().manual_seed(seed)
-    return [
-        (std * torch.randn(b, h, n, d, generator=generator)).to(dtype)
-        for d, std in ((d_s, 1.0), (d_s, 1.0), (d_t, 1.3), (d_t, 1.3))
-    ]
-
-
-def loss_and_grads(function, x_s, y_s, x_t, y_t, upstream=1.0, **kwargs):
-    x_s, y_s = x_s.detach().requires_grad_(), y_s.detach().requires_grad_()
-    loss = function(x_s, y_s, x_t, y_t, **kwargs)
-    loss.backward(torch.as_tensor(upstream, dtype=loss.dtype).expand(loss.shape))
-    return loss.detach(), x_s.grad, y_s.grad
-
-
-def log_relations(x_s, y_s, x_t, y_t):
-    return [torch.log_softmax((x @ y.mT) * x.shape[-1] ** -0.5, dim=-1) for x, y in ((x_s, y_s), (x_t, y_t))]
-
-
-def pytorch_kl(x_s, y_s, x_t, y_t, reduction="mean"):
-    """What a user would write, in the dtype of the inputs throughout."""
-    log_s, log_t = log_relations(x_s, y_s, x_t, y_t)
-    rows = nn.functional.kl_div(log_s, log_t, log_target=True, reduction="none").sum(-1)
-    return {"mean": rows.mean, "sum": rows.sum, "none": lambda: rows}[reduction]()
-
-
 def official_kl(x_s, y_s, x_t, y_t):
     """The formula as the paper's code computes it; -inf where the student's softmax underflows."""
     student, teacher = (log.exp() for log in log_relations(x_s, y_s, x_t, y_t))
     return nn.KLDivLoss(reduction="none")(student.log(), teacher).sum(-1).mean()
-
-
-def assert_relation_kl_as_exact(assert_as_exact, tensors, dtype, backend, upstream=1.0, reduction="mean"):
-    kwargs = {"upstream": upstream, "reduction": reduction}
-    ours = loss_and_grads(relation_kl, *tensors, backend=backend, **kwargs)
-    theirs = loss_and_grads(pytorch_kl, *tensors, **kwargs)
-    exact = loss_and_grads(relation_kl, *(z.double() for z in tensors), backend="reference", **kwargs)
-    assert ours[0].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    assert ours[1].dtype == ours[2].dtype == dtype
-    for name, *results in zip(("loss", "d_x_s", "d_y_s"), ours, theirs, exact):
-        assert_as_exact(name, *results, dtype if name != "loss" else ours[0].dtype)
 
 
 def test_reference_is_the_formula():
@@ -395,8 +357,3 @@ def test_bad_input_is_named(message):
     arguments = dict(zip(("x_s", "y_s", "x_t", "y_t"), inputs(GOOD)))
     with pytest.raises(ValueError, match=f"^{message}"):
         relation_kl(**{**arguments, **BAD[message]})
-
-
-def test_triton_is_reserved():
-    with pytest.raises(NotImplementedError, match="not in this version"):
-        relation_kl(*inputs(GOOD), backend="triton")

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from relation_support import assert_relation_loss_as_exact, heads_of, loss_and_grad, packed, pytorch_loss
 from tinymim_fast.kernels import RelationLoss, relation_kl, relation_loss
 
 BACKENDS = ["reference", "chunked"]
@@ -19,49 +19,6 @@ SHAPES = [
 ]
 # Each projection in one relation, two relations on one projection, a projection in none, all.
 RELATIONS = [("qk", "vv"), ("vv", "qk"), ("qq", "kk", "vv"), ("qk", "qq"), ("vv",), ("qk",), ("qk", "vv", "qq", "kk")]
-
-
-def packed(shape, dtype=torch.float32, seed=0):
-    b, n, heads, d_s, d_t = shape
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(b, n, 3 * heads * d, generator=generator).to(dtype) for d in (d_s, d_t)]
-
-
-def heads_of(qkv, heads):
-    """Independent of the code under test: split, then heads as consecutive groups of channels."""
-    return {name: z.reshape(*z.shape[:2], heads, -1).transpose(1, 2) for name, z in zip("qkv", qkv.chunk(3, dim=-1))}
-
-
-def pytorch_loss(qkv_s, qkv_t, heads, relations, weights=None):
-    """What a user would write, in the dtype of the inputs throughout."""
-    student, teacher = heads_of(qkv_s, heads), heads_of(qkv_t, heads)
-    loss = 0
-    for (x, y), weight in zip(relations, weights or [1] * len(relations)):
-        log_s, log_t = (
-            torch.log_softmax((z[x] @ z[y].mT) * z[x].shape[-1] ** -0.5, dim=-1) for z in (student, teacher)
-        )
-        kl = nn.functional.kl_div(log_s, log_t, log_target=True, reduction="none")
-        loss = loss + weight * kl.sum(-1).mean()
-    return loss
-
-
-def loss_and_grad(function, qkv_s, qkv_t, *args, upstream=1.0, **kwargs):
-    qkv_s = qkv_s.detach().requires_grad_()
-    loss = function(qkv_s, qkv_t, *args, **kwargs)
-    loss = loss["loss"] if isinstance(loss, dict) else loss
-    (upstream * loss).backward()
-    return loss.detach(), qkv_s.grad
-
-
-def assert_relation_loss_as_exact(assert_as_exact, qkv_s, qkv_t, heads, relations, backend, upstream=1.0):
-    dtype = qkv_s.dtype
-    kwargs = {"relation_heads": heads, "relations": relations, "backend": backend, "upstream": upstream}
-    ours = loss_and_grad(relation_loss, qkv_s, qkv_t, **kwargs)
-    theirs = loss_and_grad(pytorch_loss, qkv_s, qkv_t, heads, relations, upstream=upstream)
-    exact = loss_and_grad(pytorch_loss, qkv_s.double(), qkv_t.double(), heads, relations, upstream=upstream)
-    assert ours[1].dtype == dtype
-    for name, *results in zip(("loss", "d_qkv_s"), ours, theirs, exact):
-        assert_as_exact(name, *results, dtype if name != "loss" else ours[0].dtype)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -246,8 +203,3 @@ def test_bad_input_is_named(message):
 def test_bad_weights_are_named(weights):
     with pytest.raises(ValueError, match=r"^weights: got .*, want one finite weight for each"):
         RelationLoss(3, weights=weights)
-
-
-def test_triton_is_reserved():
-    with pytest.raises(NotImplementedError, match="not in this version"):
-        RelationLoss(3, backend="triton")

@@ -51,10 +51,7 @@ class RelationDistiller(nn.Module):
                 "class_token and reg_tokens with --student-model-kwargs"
             )
         self.student = student
-        try:
-            self.loss = RelationLoss(relation_heads, relations=tuple(relations), weights=weights, backend=backend)
-        except NotImplementedError as error:
-            raise InputError(f"--loss-backend {backend}: {error}") from error
+        self.loss = RelationLoss(relation_heads, relations=tuple(relations), weights=weights, backend=backend)
 
     def forward(self, images: torch.Tensor, qkv_t: torch.Tensor) -> dict[str, torch.Tensor]:
         """Losses by name, "loss" the weighted sum, each an fp32 scalar.

@@ -1,0 +1,346 @@
+"""What the kernels compile to, without a GPU: registers, spills, shared memory, instructions, issue time.
+
+python benchmarks/aot_report.py --output benchmarks/results/aot_report.csv
+
+A row is one launch of one relation's loss and gradient, for the tile that is checked in for the target. Of
+the paths through a kernel's machine code the shortest is counted, its loop as often as N asks for: the single
+pass's second launch, for rows that need their maximum, counts as returning at once. Instructions and MUFU are per
+(query, key) pair of the padded tiles and per lane. issue_us is the time in which an H200 (132 SMs at 1.75 GHz)
+issues them at four warp instructions per clock and SM, for B=256, H=12: a lower bound, not a timing. AMD code is
+counted statically, and has no such bound.
+"""
+
+import argparse
+import csv
+import math
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter, deque
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, CompiledKernel
+
+from tinymim_fast.kernels import fused, tiles
+from tinymim_fast.kernels.operands import Launch, Operands
+
+NVIDIA_BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_89": GPUTarget("cuda", 89, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+NUM_IMAGES, NUM_HEADS = 256, 12
+H200_ISSUE_PER_US = 132 * 4 * 1750  # warp instructions
+# Of one SM: shared memory in bytes, warps, blocks. Registers are 65,536 on all.
+SM = {
+    "sm_80": (164 * 1024, 64, 32),
+    "sm_89": (100 * 1024, 48, 24),
+    "sm_90": (228 * 1024, 64, 32),
+    "sm_100": (228 * 1024, 64, 32),
+}
+# (N, D_s, D_t, dtype) that are compiled: the paper's head widths, every other bucket of N, the widest heads, fp32.
+SHAPES = [
+    *((197, d_s, 64, "bfloat16") for d_s in (16, 32, 64)),
+    (197, 48, 64, "bfloat16"),
+    (197, 16, 80, "bfloat16"),
+    *((n, 32, 64, "bfloat16") for n in (16, 17, 50, 128, 577)),
+    (577, 128, 128, "bfloat16"),
+    (197, 64, 64, "float32"),
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One line of the report; empty where the target's tools do not tell."""
+
+    target: str
+    num_tokens: int
+    head_dim_s: int
+    head_dim_t: int
+    dtype: str
+    kernel: str
+    block_queries: int
+    block_keys: int
+    num_warps: int
+    registers: int
+    spill_stores: int
+    spill_loads: int
+    shared_bytes: int
+    blocks_per_sm: int | str = ""
+    hgmma: int | str = ""
+    hmma: int | str = ""
+    tcgen05: int | str = ""
+    mfma: int | str = ""
+    mufu_per_element: float | str = ""
+    instructions_per_element: float | str = ""
+    issue_us: float | str = ""
+
+
+@dataclass(frozen=True)
+class Instruction:
+    address: int
+    predicate: str
+    opcode: str
+    operands: str
+
+
+def operands(num_tokens: int, head_dim_s: int, head_dim_t: int, dtype: str) -> Operands:
+    """QK of packed projections, as RelationLoss launches it; on "meta", so that nothing is allocated."""
+
+    def packed(head_dim: int) -> Tensor:
+        shape = NUM_IMAGES, num_tokens, 3, NUM_HEADS, head_dim
+        return torch.empty(shape, dtype=getattr(torch, dtype), device="meta")[:, :, 0].transpose(1, 2)
+
+    student, teacher, gradient = packed(head_dim_s), packed(head_dim_t), packed(head_dim_s)
+    return Operands(
+        x_s=student,
+        y_s=student,
+        x_t=teacher,
+        y_t=teacher,
+        d_x=gradient,
+        d_y=gradient,
+        scale_s=head_dim_s**-0.5,
+        scale_t=head_dim_t**-0.5,
+        codes_x=(0,),
+        codes_y=(1,),
+        stride_s_p=NUM_HEADS * head_dim_s,
+        stride_t_p=NUM_HEADS * head_dim_t,
+        stride_d_p=NUM_HEADS * head_dim_s,
+    )
+
+
+def compile_launch(launch: Launch, target: GPUTarget) -> CompiledKernel:
+    """With the specialisation that the launch would get: 16-byte alignment, ones and None as constants."""
+    pointers = {
+        torch.bfloat16: "*bf16",
+        torch.float16: "*fp16",
+        torch.float32: "*fp32",
+        torch.int32: "*i32",
+        torch.int64: "*i64",
+    }
+    signature, constants, attributes = {}, {}, {}
+    arguments = {**launch.arguments, "PTX": target.backend == "cuda"}
+    for i, name in enumerate(launch.kernel.arg_names):
+        value = arguments[name]
+        if name.isupper() or value is None or (type(value) is int and value == 1):
+            signature[name], constants[name] = "constexpr", value
+        elif isinstance(value, Tensor):
+            signature[name], attributes[(i,)] = pointers[value.dtype], [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        else:
+            signature[name] = "i32" if value < 2**31 else "i64"
+            if value % 16 == 0:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(launch.kernel, signature, constants, attributes)
+    return triton.compile(source, target=target, options={"num_warps": launch.num_warps})
+
+
+def disassembled(cubin: bytes) -> tuple[list[Instruction], int]:
+    """Machine code and registers."""
+    pattern = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z0-9_.]+)(.*?);")
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+
+        def run(flag: str) -> str:
+            command = [str(NVIDIA_BIN / "cuobjdump"), flag, file.name]
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+        matches = [match for line in run("-sass").splitlines() if (match := pattern.match(line))]
+        registers = int(re.search(r"REG:(\d+)", run("-res-usage"))[1])
+    code = [Instruction(int(m[1], 16), (m[2] or "").strip(), m[3], m[4]) for m in matches]
+    return code, registers
+
+
+def successors(code: list[Instruction]) -> list[list[int]]:
+    index = {instruction.address: i for i, instruction in enumerate(code)}
+    after: list[list[int]] = []
+    for i, instruction in enumerate(code):
+        operation = instruction.opcode.split(".")[0]
+        conditional = bool(instruction.predicate) or re.search(r"\bU?P\d", instruction.operands) is not None
+        next_ones = [i + 1] if conditional or operation not in ("BRA", "CALL", "EXIT", "RET") else []
+        if operation in ("BRA", "CALL"):  # here, a CALL is a jump that does not come back
+            next_ones.append(index[int(re.search(r"0x([0-9a-f]+)", instruction.operands)[1], 16)])
+        after.append([j for j in next_ones if j < len(code)])
+    return after
+
+
+def shortest_path(
+    after: list[list[int]], start: int, goals: set[int], without: tuple[int, int] = (-1, -1)
+) -> list[int]:
+    """Indices from `start` to the nearest goal, empty if there is no way but over the edge `without`."""
+    previous = {start: -1}
+    queue = deque([start])
+    while queue:
+        i = queue.popleft()
+        if i in goals:
+            path = [i]
+            while previous[path[-1]] >= 0:
+                path.append(previous[path[-1]])
+            return path[::-1]
+        for j in after[i]:
+            if j not in previous and (i, j) != without:
+                previous[j] = i
+                queue.append(j)
+    return []
+
+
+def executed(code: list[Instruction], num_iterations: int, skip_loop: bool) -> Counter:
+    """Warp instructions by opcode on the shortest path; its loop runs `num_iterations` times, or is skipped."""
+    after = successors(code)
+    exits = {i for i, instruction in enumerate(code) if instruction.opcode == "EXIT" and not instruction.predicate}
+    exits |= {i for i, instruction in enumerate(code) if instruction.opcode == "EXIT" and skip_loop}
+    # Backward jumps: the widest is the loop over tiles, others wait for a barrier and are passed once.
+    loops = [(i, j) for i, targets in enumerate(after) for j in targets if j < i]
+    counts: Counter = Counter()
+    if skip_loop or not loops:
+        paths = [(1, shortest_path(after, 0, exits))]
+    else:
+        latch, header = max(loops, key=lambda loop: loop[0] - loop[1])
+        # The loop is left behind its last instruction, or at its first.
+        way_out = shortest_path(after, latch, exits, (latch, header))[1:] or shortest_path(after, header, exits)
+        paths = [
+            (1, shortest_path(after, 0, {header})[:-1]),
+            (num_iterations, shortest_path(after, header, {latch})),
+            (1, way_out),
+        ]
+        assert all(path for _, path in paths), "no way through the code"
+    for times, path in paths:
+        for i in path:
+            counts[code[i].opcode] += times
+    return counts
+
+
+def blocks_per_sm(target: str, registers: int, shared_bytes: int, num_warps: int) -> int:
+    shared, warps, blocks = SM[target]
+    by_registers = 65536 // (32 * num_warps * math.ceil(registers / 8) * 8)
+    return min(by_registers, shared // (shared_bytes + 1024), warps // num_warps, blocks)
+
+
+def nvidia_row(target: str, launch: Launch, compiled: CompiledKernel, num_tokens: int) -> dict:
+    code, registers = disassembled(compiled.asm["cubin"])
+    arguments = launch.arguments
+    own, other = block_sizes(arguments)
+    # The single pass loops over queries and keeps the keys; the tiled kernels loop over `other`.
+    resident, looped = (other, own) if "flags_ptr" in arguments else (own, other)
+    num_iterations = math.ceil(num_tokens / looped)
+    returns_at_once = bool(arguments.get("EXACT")) and arguments["flags_ptr"] is not None
+    counts = executed(code, num_iterations, skip_loop=returns_at_once)
+    in_loop = executed(code, num_iterations, skip_loop=False)
+    lanes = 32 * launch.num_warps
+    elements = resident * looped * num_iterations / lanes
+    num_programs = math.prod(launch.grid)
+
+    def static(prefix: str) -> int:
+        return sum(instruction.opcode.startswith(prefix) for instruction in code)
+
+    def per_element(prefix: str) -> float:
+        return round(sum(n for opcode, n in in_loop.items() if opcode.startswith(prefix)) / elements, 3)
+
+    return {
+        "registers": registers,
+        "spill_stores": static("STL"),
+        "spill_loads": static("LDL"),
+        "shared_bytes": compiled.metadata.shared,
+        "blocks_per_sm": blocks_per_sm(target, registers, compiled.metadata.shared, launch.num_warps),
+        "hgmma": static("HGMMA"),
+        "hmma": static("HMMA"),
+        "tcgen05": static("UTCHMMA") + static("UTCMMA"),
+        "mufu_per_element": per_element("MUFU"),
+        "instructions_per_element": round(per_element(""), 1),
+        "issue_us": round(sum(counts.values()) * launch.num_warps * num_programs / H200_ISSUE_PER_US, 1),
+    }
+
+
+def amd_row(compiled: CompiledKernel) -> dict:
+    assembly = compiled.asm["amdgcn"]
+
+    def value(name: str) -> int:
+        return int(re.search(rf"\.{name}:\s+(\d+)", assembly)[1])
+
+    return {
+        "registers": value("vgpr_count"),
+        "spill_stores": value("vgpr_spill_count"),
+        "spill_loads": value("vgpr_spill_count"),
+        "shared_bytes": compiled.metadata.shared,
+        "mfma": len(re.findall(r"v_mfma", assembly)),
+    }
+
+
+def block_sizes(arguments: dict) -> tuple[int, int]:
+    if "BLOCK_OWN" in arguments:
+        return arguments["BLOCK_OWN"], arguments["BLOCK_OTHER"]
+    return arguments["BLOCK_QUERIES"], arguments["BLOCK_KEYS"]
+
+
+def name_of(launch: Launch) -> str:
+    name = launch.kernel.__name__.removesuffix("_kernel")
+    if name == "single_pass":
+        return name + ("_exact" if launch.arguments["EXACT"] else "")
+    if name == "gradient":
+        return "tiled_" + ("d_y" if launch.arguments["OWN_KEYS"] else "d_x")
+    return "tiled_" + name
+
+
+def report(targets: list[str], shapes: list[tuple[int, int, int, str]] = SHAPES) -> Iterator[Row]:
+    for target in targets:
+        for num_tokens, head_dim_s, head_dim_t, dtype in shapes:
+            relation = operands(num_tokens, head_dim_s, head_dim_t, dtype)
+            tile = tiles.choose(fused.problem(relation, arch=target))
+            _, launches = fused.plan(relation, tile)
+            for launch in launches:
+                compiled = compile_launch(launch, TARGETS[target])
+                figures = (
+                    amd_row(compiled)
+                    if TARGETS[target].backend == "hip"
+                    else nvidia_row(target, launch, compiled, num_tokens)
+                )
+                block_queries, block_keys = block_sizes(launch.arguments)
+                yield Row(
+                    target=target,
+                    num_tokens=num_tokens,
+                    head_dim_s=head_dim_s,
+                    head_dim_t=head_dim_t,
+                    dtype=dtype,
+                    kernel=name_of(launch),
+                    block_queries=block_queries,
+                    block_keys=block_keys,
+                    num_warps=launch.num_warps,
+                    **figures,
+                )
+
+
+def parse_args() -> argparse.Namespace:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=list(TARGETS))
+    parser.add_argument("--output", type=Path, help="CSV; standard output if not given")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        sys.exit("TRITON_INTERPRET: got 1, want it unset: interpreted kernels are not compiled")
+    with args.output.open("w", newline="") if args.output else sys.stdout as file:
+        writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
+        writer.writeheader()
+        for row in report(args.targets):
+            writer.writerow(asdict(row))
+            file.flush()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""Tile choices: checked in, one frozen TileConfig per architecture, N bucket, head widths and dtype.
+
+Nothing is tuned in a training run. `python benchmarks/tune_tiles.py` measures `candidates` on the GPU at hand and
+prints lines for `TUNED`.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class TileConfig:
+    """
+    Args:
+        kernel: "single_pass" keeps all keys of a head on the chip, "tiled" takes block_keys of them at a time.
+        block_queries: queries in a tile.
+        block_keys: keys in a tile; for single_pass the bucket of N.
+        num_warps, num_stages: of the launch, and of the loop over tiles.
+    """
+
+    kernel: Literal["single_pass", "tiled"]
+    block_queries: int
+    block_keys: int
+    num_warps: int
+    num_stages: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """What a choice depends on; widths are padded to powers of two, arch is None where it is unknown.
+
+    Args:
+        arch: "sm_90", "gfx942" and so on.
+        bucket: smallest power of two, at least 16, that holds N.
+        head_dim_s, head_dim_t: padded widths.
+        itemsize: bytes of the wider of the two dtypes.
+    """
+
+    arch: str | None
+    bucket: int
+    head_dim_s: int
+    head_dim_t: int
+    itemsize: int
+
+
+# Measured choices, printed by benchmarks/tune_tiles.py. Empty: no GPU was at hand yet.
+TUNED: dict[Problem, TileConfig] = {}
+
+# Where one operand of the matrix unit stays out of the registers, or there are 512 of them.
+ROOMY = ("sm_90", "sm_100", "gfx90a", "gfx942")
+
+# Shared memory that one program may have, in bytes.
+SHARED_MEMORY = {
+    "sm_80": 163 * 1024,
+    "sm_86": 99 * 1024,
+    "sm_89": 99 * 1024,
+    "sm_90": 227 * 1024,
+    "sm_100": 227 * 1024,
+    "sm_120": 99 * 1024,
+    "gfx90a": 64 * 1024,
+    "gfx942": 64 * 1024,
+}
+
+
+def choose(problem: Problem) -> TileConfig:
+    """The checked-in choice, else the default."""
+    return TUNED.get(problem) or default(problem)
+
+
+def default(problem: Problem) -> TileConfig:
+    """For hardware that nobody has tuned: what compiles without spills, see benchmarks/results/aot_report.csv."""
+    # 64 keys a warp: fewer, and each row's reductions and reciprocals are repeated in more warps.
+    tile = TileConfig(
+        kernel="single_pass", block_queries=16, block_keys=problem.bucket, num_warps=max(1, problem.bucket // 64)
+    )
+    if problem.bucket == 256 and problem.head_dim_s == 32 and problem.arch not in ROOMY:
+        tile = replace(tile, block_queries=32, num_warps=8)
+    return tile if fits_single_pass(problem, tile) else default_tiled(problem)
+
+
+def default_tiled(problem: Problem) -> TileConfig:
+    if problem.itemsize == 4:
+        return TileConfig(kernel="tiled", block_queries=32, block_keys=16, num_warps=4)
+    return TileConfig(kernel="tiled", block_queries=64, block_keys=32 if problem.arch in ROOMY else 16, num_warps=4)
+
+
+def fits_single_pass(problem: Problem, tile: TileConfig) -> bool:
+    """Whether the keys of a head and the maps of a block of queries fit into registers and shared memory."""
+    widest_s = 64 if problem.bucket < 256 or problem.arch in ROOMY else 32
+    if problem.bucket > 256 or problem.itemsize > 2 or problem.head_dim_s > widest_s:
+        return False
+    widths = problem.head_dim_s + problem.head_dim_t
+    elements = (problem.bucket + tile.block_queries) * widths + problem.bucket * tile.block_queries
+    return elements * problem.itemsize <= SHARED_MEMORY.get(problem.arch, 64 * 1024)
+
+
+def candidates(problem: Problem) -> Iterator[TileConfig]:
+    """The search space."""
+    if problem.bucket <= 256:
+        for block_queries in (16, 32, 64):
+            for num_warps in (1, 2, 4, 8):
+                if 32 <= problem.bucket // num_warps <= 128:
+                    for num_stages in (1, 2):
+                        yield TileConfig(
+                            kernel="single_pass",
+                            block_queries=block_queries,
+                            block_keys=problem.bucket,
+                            num_warps=num_warps,
+                            num_stages=num_stages,
+                        )
+    for block_queries in (32, 64, 128):
+        for block_keys in (32, 64, 128):
+            for num_warps in (4, 8):
+                for num_stages in (1, 2, 3):
+                    yield TileConfig(
+                        kernel="tiled",
+                        block_queries=block_queries,
+                        block_keys=block_keys,
+                        num_warps=num_warps,
+                        num_stages=num_stages,
+                    )

@@ -1,0 +1,63 @@
+"""What the kernels compile to for an H100 or H200, without one: the figures that the code was written for."""
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent.parent
+REPORT = ROOT / "benchmarks" / "aot_report.py"
+# At N=197, D_t=64, by D_s: microseconds in which an H200 issues one relation's instructions at B=256, H=12.
+ISSUE_US = {16: 165, 32: 175, 64: 190}
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    """The report for sm_90, in a process of its own: kernels are interpreted in this one."""
+    path = tmp_path_factory.mktemp("aot") / "report.csv"
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), env.get("PYTHONPATH", "")])
+    command = [sys.executable, str(REPORT), "--targets", "sm_90", "--output", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
+    assert done.returncode == 0, done.stderr
+    return list(csv.DictReader(path.open()))
+
+
+@pytest.fixture(scope="module")
+def committed():
+    return list(csv.DictReader((ROOT / "benchmarks" / "results" / "aot_report.csv").open()))
+
+
+def test_committed_report_is_of_this_code(rows, committed):
+    assert [row for row in committed if row["target"] == "sm_90"] == rows
+
+
+def test_no_spills(rows, committed):
+    assert {row["target"] for row in committed} == {"sm_80", "sm_89", "sm_90", "sm_100", "gfx942"}
+    for row in rows + committed:
+        assert row["spill_stores"] == row["spill_loads"] == "0", row
+
+
+@pytest.mark.parametrize("head_dim_s", ISSUE_US)
+def test_single_pass_at_vit_shapes(rows, head_dim_s):
+    of_relation = [
+        row
+        for row in rows
+        if (row["num_tokens"], row["head_dim_s"], row["head_dim_t"], row["dtype"])
+        == ("197", str(head_dim_s), "64", "bfloat16")
+    ]
+    assert [row["kernel"] for row in of_relation] == ["single_pass", "single_pass_exact"]
+    for row in of_relation:
+        # Two exponentials an element; the rest is one reciprocal per row in each of the lanes that hold the row.
+        assert float(row["mufu_per_element"]) <= 2.2
+        assert int(row["hgmma"]) > 0
+    assert sum(float(row["issue_us"]) for row in of_relation) <= ISSUE_US[head_dim_s]
+
+
+def test_report_refuses_the_interpreter():
+    env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, str(REPORT)], capture_output=True, text=True, env=env, check=False)
+    assert done.returncode == 1 and "TRITON_INTERPRET" in done.stderr

@@ -1,0 +1,33 @@
+"""A run of distillation on the Triton kernels, in the interpreter."""
+
+import numpy as np
+import pytest
+
+from tests_support import distill_flags
+from tinymim_fast.kernels import fused, tiles
+
+
+@pytest.mark.skipif(not fused.INTERPRETED, reason="needs TRITON_INTERPRET=1, which is for CPUs")
+def test_a_run_on_triton_is_a_run_on_chunked(world, image_folder, teacher_file, tmp_path, monkeypatch):
+    from tinymim_fast import train, training
+    from tinymim_fast.config import DistillConfig, parse
+    from tinymim_fast.metrics import read_metrics
+
+    # As fp16 and bf16 get it on a GPU; the interpreter takes it for fp32 too.
+    tile = tiles.TileConfig(kernel="single_pass", block_queries=16, block_keys=32, num_warps=1)
+    monkeypatch.setattr(fused, "choose_tile", lambda operands: tile)
+    curves = {}
+    for backend in ("chunked", "triton"):
+        flags = distill_flags(
+            image_folder,
+            teacher_file,
+            tmp_path / backend,
+            loss_backend=backend,
+            bf16="false",  # the interpreter's bf16 products are wrong
+            epochs=1,
+            warmup_epochs=0,
+        )
+        training.train(parse(DistillConfig, flags, "train.py"), world, train.build_task)
+        curves[backend] = [[step[part] for part in ("loss", "qk", "vv")] for step in read_metrics(tmp_path / backend)]
+    assert len(curves["triton"]) == 6
+    np.testing.assert_allclose(curves["triton"], curves["chunked"], rtol=1e-4)
