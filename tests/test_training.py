@@ -13,9 +13,10 @@ import pytest
 import torch
 
 import tinymim_fast.training as training
-from tests_support import DEEPSPEED, PACKAGE, TINY, distill_flags, free_port, run_training, start_training
+from tests_support import DEEPSPEED, PACKAGE, TINY, distill_flags, run_training, start_training
 from tinymim_fast import pretrain, train
 from tinymim_fast.config import DistillConfig, PretrainConfig, parse
+from tinymim_fast.engine import free_port
 from tinymim_fast.errors import EXIT_INPUT, EXIT_NON_FINITE, EXIT_TERMINATED, InputError, NonFiniteLossError
 from tinymim_fast.metrics import read_metrics
 from tinymim_fast.models.checkpoints import latest_checkpoint, read_weights

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -39,13 +38,6 @@ def distill_flags(image_folder: Path, teacher_file: Path, output_dir: Path, **ch
         **changes,
     }
     return [f"--{name.replace('_', '-')}={value}" for name, value in values.items() if value is not None]
-
-
-def free_port() -> int:
-    """A port for a launcher whose default another run may hold."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def start_training(*command: object, path: str | None = None, **options) -> subprocess.Popen:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tinymim_fast.data import draw_sample_folder
+from tinymim_fast.engine import free_port
 from tinymim_fast.errors import EXIT_INPUT, InputError
 from tinymim_fast.evaluate import evaluate_knn
 from tinymim_fast.export import export
@@ -23,7 +24,8 @@ HERE = Path(__file__).parent
 def launch(program: str, recipe: str, *flags: str) -> None:
     """`deepspeed tinymim_fast/PROGRAM --config RECIPE ...`, on one device."""
     deepspeed = Path(sys.executable).parent / "deepspeed"
-    command = [str(deepspeed), "--num_accelerators", "1", str(HERE / program), "--config", recipe, *flags]
+    launcher = [str(deepspeed), "--num_accelerators=1", f"--master_port={free_port()}"]
+    command = [*launcher, str(HERE / program), "--config", recipe, *flags]
     print("$", " ".join(command), flush=True)
     subprocess.run(command, check=True)
 
