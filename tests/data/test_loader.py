@@ -260,11 +260,11 @@ def test_close_ends_processes_and_threads(sample_index, loader_name):
         loader.close()
         assert next(batches, None) is None
 
-    start_and_close()  # libraries start threads of their own, once
-    before = num_threads()
-    for _ in range(3):
+    before, rounds = num_threads(), 6
+    for _ in range(rounds):
         start_and_close()
-    assert num_threads() <= before
+    # Libraries start threads of their own once, at a time of their choice; a leak starts one a round.
+    assert num_threads() < before + rounds
     assert multiprocessing.active_children() == []
 
 
