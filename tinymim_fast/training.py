@@ -236,6 +236,7 @@ class Run:
         self.total_steps = steps_per_epoch * config.epochs
         self.output_dir = Path(config.output_dir)
         self.losses: list[torch.Tensor] = []  # on the device, one (parts,) a step, not looked at yet
+        self.seen: list[torch.Tensor] = []  # on the host, (steps, parts), not reported yet
         self.last_saved = start_step if start_step else None
         self.terminate = False
 
@@ -277,8 +278,9 @@ class Run:
                     work.wait()
                     request = int(answer)
 
-                if self.step % config.log_interval == 0 or self.step == self.total_steps or request:
-                    self._report()  # the only place where the host waits for the device
+                # The host waits for the device here, and where it saves, and nowhere else.
+                if self.step % config.log_interval == 0 or self.step == self.total_steps or request == STOP:
+                    self._report()
                 if request or self._save_due() or self.step == self.total_steps:
                     self._save()
                 if request == STOP and self.step < self.total_steps:
@@ -309,33 +311,39 @@ class Run:
     def _restart_clocks(self) -> None:
         self.began, self.waited = time.perf_counter(), 0.0
 
-    def _report(self) -> None:
-        """Losses since the last report: checked on every rank, averaged over ranks and steps, written by rank 0."""
+    def _look(self) -> None:
+        """Bring the losses that are still on the device to the host, averaged over ranks, and check them on every rank."""
         if not self.losses:
             return
         num_steps = len(self.losses)
         mine = torch.stack(self.losses).float().cpu()
-        elapsed = time.perf_counter() - self.began
         everyone = torch.stack(self.world.gather(mine))  # (ranks, steps, parts)
         bad = ~everyone.isfinite().all(-1)
         if bad.any():
             at = int(bad.any(0).float().argmax())
             ranks = ", ".join(str(int(r)) for r in bad[:, at].nonzero()[:, 0])
-            self._fail(
-                f"the loss is {everyone[bad][0, 0].item()} at step {self.step - num_steps + at + 1} on rank {ranks}"
-            )
-        means = everyone.mean((0, 1)).tolist()
+            self._fail(f"the loss is not finite at step {self.step - num_steps + at + 1} on rank {ranks}")
+        self.seen.append(everyone.mean(0))
+        self.losses.clear()
+
+    def _report(self) -> None:
+        """One record of the steps since the last one; rank 0 writes it."""
+        self._look()
+        if not self.seen:
+            return
+        steps = torch.cat(self.seen)  # (steps, parts)
+        elapsed = time.perf_counter() - self.began
         record = {
             "step": self.step,
             "epoch": round(self.step / self.steps_per_epoch, 4),
-            **dict(zip(self.task.parts, means, strict=True)),
+            **dict(zip(self.task.parts, steps.mean(0).tolist(), strict=True)),
             "lr": self.lr,
-            "images_per_s": round(num_steps * self.config.train_batch_size / elapsed, 2),
+            "images_per_s": round(len(steps) * self.config.train_batch_size / elapsed, 2),
             "data_wait": round(self.waited / elapsed, 4),
             "time": round(time.time(), 2),
         }
         self.recorder.write(record)
-        self.losses.clear()
+        self.seen.clear()
         self._restart_clocks()
 
     def _fail(self, what: str) -> None:
@@ -349,7 +357,8 @@ class Run:
         """A checkpoint under a temporary name, renamed when it is whole; older ones beyond `checkpoint_hist` go."""
         if self.last_saved == self.step:
             return
-        self._report()
+        began = time.perf_counter()
+        self._look()  # a checkpoint after a bad loss would not be a good one
         folder = self.output_dir / "checkpoints"
         final, temporary = folder / f"step_{self.step:08d}", folder / f"tmp_step_{self.step:08d}"
         state = self.task.weights(self.engine.trained_state())
@@ -375,7 +384,7 @@ class Run:
             ) from error
         self.last_saved = self.step
         self.saved_at = time.monotonic()
-        self._restart_clocks()
+        self.began += time.perf_counter() - began  # saving is not training
 
     def _publish(self, temporary: Path, final: Path) -> None:
         os.rename(temporary, final)
