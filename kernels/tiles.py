@@ -44,7 +44,7 @@ class Problem:
     itemsize: int
 
 
-# Measured choices, printed by benchmarks/tune_tiles.py. Empty: no GPU was at hand yet.
+# Measured choices, printed by benchmarks/tune_tiles.py. Empty: nothing was measured yet.
 TUNED: dict[Problem, TileConfig] = {}
 
 # Where one operand of the matrix unit stays out of the registers, or there are 512 of them.

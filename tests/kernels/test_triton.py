@@ -43,6 +43,7 @@ LONG_SHAPES = [
     pytest.param((1, 1, 257, 16, 64), id="shortest-that-must-be-tiled"),
     pytest.param((1, 1, 577, 16, 64), id="384-pixels"),
     pytest.param((1, 1, 1025, 16, 64), id="512-pixels"),
+    pytest.param((1, 1, 4097, 16, 64), id="1024-pixels"),
 ]
 
 
