@@ -175,8 +175,8 @@ def draw_sample_folder(
         raise DataError(f"got {root}, which holds something else; want a new or empty folder for the sample pictures")
 
     root.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{root.name}.", dir=root.parent) as workplace:
-        drawn = Path(workplace) / "drawn"
+    with tempfile.TemporaryDirectory(prefix=f".{root.name}.", dir=root.parent) as scratch:
+        drawn = Path(scratch) / "drawn"
         for split_id, (split, count) in enumerate([("train", num_train_per_class), ("val", num_val_per_class)]):
             for label, name in enumerate(SAMPLE_CLASSES):
                 folder = drawn / split / name
@@ -186,7 +186,7 @@ def draw_sample_folder(
                     Image.fromarray(picture).save(folder / f"{i:05d}.jpg", quality=92)
         (drawn / _MARKER).write_text(json.dumps(made_from, indent=2) + "\n")
         if root.exists():
-            os.rename(root, Path(workplace) / "replaced")
+            os.rename(root, Path(scratch) / "replaced")
         os.rename(drawn, root)
     return root
 
