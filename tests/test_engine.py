@@ -67,7 +67,7 @@ def test_no_decay_on_one_dimensional_parameters():
     model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.LayerNorm(4))
     model[0].weight.requires_grad_(True)
     model.register_parameter("fixed", torch.nn.Parameter(torch.zeros(2, 2), requires_grad=False))
-    decay, none = parameter_groups(model.named_parameters(), 0.05)
+    decay, none = parameter_groups(model.parameters(), 0.05)
     assert decay["params"] == [model[0].weight] and decay["weight_decay"] == 0.05
     assert {id(p) for p in none["params"]} == {id(p) for p in (model[0].bias, model[1].weight, model[1].bias)}
     assert none["weight_decay"] == 0.0

@@ -170,10 +170,10 @@ def _merge(ours: dict[str, Any], theirs: dict[str, Any], path: str, prefix: str 
     return merged
 
 
-def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict[str, Any]]:
+def parameter_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
     """AdamW groups: no decay on 1-D parameters (biases, norms, LayerScale), as in MAE and TinyMIM."""
     decay, no_decay = [], []
-    for _, parameter in named:
+    for parameter in parameters:
         if parameter.requires_grad:
             (decay if parameter.ndim > 1 else no_decay).append(parameter)
     groups = [{"params": decay, "weight_decay": weight_decay}, {"params": no_decay, "weight_decay": 0.0}]
@@ -193,7 +193,7 @@ class Engine:
     def __init__(self, model: nn.Module, config: RunConfig, world: World, lr_at: Callable[[int], float]):
         self.world = world
         self.dtype = torch.bfloat16 if config.bf16 else torch.float32
-        groups = parameter_groups(model.named_parameters(), config.weight_decay)
+        groups = parameter_groups(model.parameters(), config.weight_decay)
         optimizer = torch.optim.AdamW(groups, lr=1.0, betas=config.opt_betas, fused=world.device.type == "cuda")
         with _quiet():
             self._engine, *_ = deepspeed.initialize(
@@ -205,10 +205,6 @@ class Engine:
                 config=deepspeed_config(config, world.world_size),
             )
         self.forward = self._engine
-
-    @property
-    def module(self) -> nn.Module:
-        return self._engine.module
 
     @property
     def lr(self) -> float:

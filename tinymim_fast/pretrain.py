@@ -9,14 +9,12 @@ from __future__ import annotations
 import os
 import sys
 
-# Before torch starts OpenMP: its threads spin while they wait, and take the cores from those that decode. A short spin is
-# best on a CPU: 455 images/s in the demo's pre-training, 310 without any spin, 420 with libgomp's own (benchmarks/NOTES.md).
+# Before torch starts OpenMP: threads that spin while they wait take the cores from those that decode. A short spin was
+# fastest on two quiet cores (benchmarks/NOTES.md).
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
-if __package__ in (
-    None,
-    "",
-):  # started as a file, which puts this folder first on the path: its modules are not top-level
+# Started as a file, this folder is first on the path, and its modules are not top-level ones.
+if __package__ in (None, ""):
     sys.path.pop(0)
 
 from collections.abc import Sequence

@@ -62,7 +62,7 @@ def default_target_block(depth: int) -> int:
 class TappedViT(nn.Module):
     """A vision transformer up to `norm1` and the qkv projection of one block; what lies behind it is dropped.
 
-    Takes `model` over: its parameters keep timm's names (`named_tap_parameters`).
+    Takes `model` over: its parameters keep timm's names, behind "model.".
 
     Args:
         model: timm VisionTransformer, see `check_supported`.
@@ -111,14 +111,6 @@ class TappedViT(nn.Module):
             return qkv
         q, k, v = qkv.unflatten(-1, (3, attn.num_heads, attn.head_dim)).unbind(2)
         return torch.stack((attn.q_norm(q), attn.k_norm(k), v), dim=2).flatten(2)
-
-    def state_in_timm_names(self) -> dict[str, torch.Tensor]:
-        return {timm_name(k): v for k, v in self.state_dict().items()}
-
-
-def timm_name(name: str) -> str:
-    """Name of a tapped parameter in the whole timm model."""
-    return name.removeprefix("model.")
 
 
 def freeze(model: nn.Module, dtype: torch.dtype, device: torch.device) -> nn.Module:
