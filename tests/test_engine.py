@@ -3,6 +3,8 @@ import json
 import pytest
 import torch
 
+pytest.importorskip("deepspeed")
+
 from tinymim_fast.config import RunConfig
 from tinymim_fast.engine import deepspeed_config, parameter_groups
 from tinymim_fast.errors import InputError

@@ -6,6 +6,8 @@ import safetensors
 import timm
 import torch
 
+pytest.importorskip("deepspeed")
+
 from tests_support import TINY, distill_flags
 from tinymim_fast import export, train, training
 from tinymim_fast.config import DistillConfig, parse

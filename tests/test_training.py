@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 
+pytest.importorskip("deepspeed")
+
 import tinymim_fast.training as training
 from tests_support import DEEPSPEED, PACKAGE, TINY, distill_flags, run_training, start_training
 from tinymim_fast import pretrain, train

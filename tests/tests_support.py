@@ -7,6 +7,22 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
+
+import pytest
+
+try:
+    from hypothesis import given, settings
+    from hypothesis import strategies as st
+except ImportError:  # on a GPU machine without it, the tests beside the property tests run
+
+    def given(**strategies):
+        return pytest.mark.skip(reason="hypothesis is not installed")
+
+    def settings(**options):
+        return lambda test: test
+
+    st = Mock()
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "tinymim_fast"

@@ -2,12 +2,11 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from relation_support import assert_relation_kl_as_exact, inputs, log_relations, loss_and_grads, pytorch_kl
+from tests_support import given, settings, st
 from tinymim_fast.kernels import chunked, reference, relation_kl
 
 BACKENDS = ["reference", "chunked"]

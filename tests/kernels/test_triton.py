@@ -5,11 +5,10 @@ Triton's interpreter computes bf16 products wrongly: bf16 runs on a GPU only.
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from relation_support import assert_relation_kl_as_exact, assert_relation_loss_as_exact, inputs, loss_and_grads, packed
+from tests_support import given, settings, st
 from tinymim_fast.kernels import RelationLoss, fused, relation_kl, relation_loss, tiles
 
 GPU = torch.cuda.is_available()
