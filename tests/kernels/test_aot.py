@@ -4,9 +4,12 @@ import csv
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
+
+import aot_guard
 
 ROOT = Path(__file__).parent.parent.parent
 REPORT = ROOT / "benchmarks" / "aot_report.py"
@@ -39,6 +42,16 @@ def test_no_spills(rows, committed):
     assert {row["target"] for row in committed} == {"sm_80", "sm_89", "sm_90", "sm_100", "gfx942"}
     for row in rows + committed:
         assert row["spill_stores"] == row["spill_loads"] == "0", row
+
+
+def test_no_worse_than_before():
+    try:
+        worse, vanished = aot_guard.check()
+    except aot_guard.NoPredecessor as reason:
+        pytest.skip(f"{reason}")
+    for row in vanished:
+        warnings.warn(f"aot_report.csv no longer has {row}", stacklevel=1)
+    assert not worse, worse
 
 
 @pytest.mark.parametrize("head_dim_s", ISSUE_US)
