@@ -5,7 +5,13 @@ VENV   := .venv
 READY  := $(VENV)/.ready
 BIN    := $(VENV)/bin
 
-.PHONY: demo test lint format clean
+# gpu and readme-tables install nothing: they take .venv where it is ready, else PYTHON with what it has. OUT=DIR picks the
+# folder of the results, DATA_PATH=DIR real images for the loading benchmark.
+AS_IS       := $(if $(wildcard $(READY)),$(BIN)/python,$(PYTHON))
+GPU_MINUTES ?= 9
+RUN_ALL     := benchmarks/run_all.py $(if $(OUT),--output $(OUT)) $(if $(DATA_PATH),--data-path $(DATA_PATH))
+
+.PHONY: demo test lint format bench gpu readme-tables clean
 
 $(READY): setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -27,5 +33,14 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+bench: $(READY)
+	$(BIN)/python $(RUN_ALL) bench
+
+gpu:
+	$(AS_IS) $(RUN_ALL) --minutes $(GPU_MINUTES) gpu
+
+readme-tables:
+	$(AS_IS) benchmarks/readme_tables.py
+
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) build *.egg-info bench-out

@@ -1,0 +1,225 @@
+"""The README's performance and proof sections, from the result files in benchmarks/results.
+
+python benchmarks/readme_tables.py        rewrites README.md (make readme-tables)
+
+Every CSV below that folder is read; of each device and benchmark, the newest date counts. Needs Python alone.
+"""
+
+import csv
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+NAMES = {
+    "official": "official formula",
+    "eager": "log-softmax, eager",
+    "compile": "`torch.compile`",
+    "compile_padded": "`torch.compile`, shape padding",
+    "chunked": "**`chunked`**",
+    "triton": "**`triton`**",
+}
+OURS = "triton", "chunked"
+# What is proven, how on a CPU (CI), and the parts of run_all.py that must have passed on a GPU.
+PROOFS = [
+    ("relation loss, `reference` and `chunked`: fp64 oracle", "tested", ["relation_loss"]),
+    (
+        'fused Triton kernels (`backend="triton"`)',
+        "tested in Triton's interpreter, fp32 and fp16; compiled for sm_80, 89, 90, 100 and gfx942",
+        ["kernel_tests"],
+    ),
+    ("their memory accesses and races (compute-sanitizer)", "cannot be", ["memcheck", "racecheck"]),
+    ("DALI two-view loading", "tested (CPU decoding)", ["other_gpu_tests"]),
+    ("a training step in bf16 on random images, every loss backend", "tested", ["train_step"]),
+    ("pre-training, distillation with DeepSpeed, export, k-NN (`make demo`)", "tested", ["demo"]),
+    ("ZeRO 0 to 2, several processes, exact resume", "tested", []),
+]
+Row = dict[str, str]
+
+
+def read_rows(folder: Path) -> list[Row]:
+    """Of every benchmark's CSV below a folder."""
+    rows = []
+    for path in sorted(folder.rglob("*.csv")):
+        with path.open(newline="") as file:
+            rows += [{**row, "file": path.name} for row in csv.DictReader(file) if "benchmark" in row]
+    return rows
+
+
+def newest(rows: Iterable[Row], benchmark: str) -> dict[str, list[Row]]:
+    """Rows of one benchmark by device, of the last date on which it was run there."""
+    by_device: dict[str, list[Row]] = {}
+    for row in rows:
+        if row["benchmark"] == benchmark:
+            by_device.setdefault(row["device"], []).append(row)
+    return {
+        device: [row for row in found if row["date"] == max(row["date"] for row in found)]
+        for device, found in by_device.items()
+    }
+
+
+def by_provider(rows: Iterable[Row], **where: str) -> dict[str, Row]:
+    """The first row of each provider in whose columns these values stand."""
+    found: dict[str, Row] = {}
+    for row in rows:
+        if all(row[name] == value for name, value in where.items()):
+            found.setdefault(row["provider"], row)
+    return found
+
+
+def ours_of(providers: dict[str, Row]) -> Row | None:
+    return next((providers[name] for name in OURS if name in providers and providers[name]["step_ms"]), None)
+
+
+def headline(rows: list[Row], benchmark: str) -> str:
+    """The key figure of a benchmark's rows, one line."""
+    rows = [row for row in rows if row["benchmark"] == benchmark]
+    if not rows:
+        raise ValueError(f"no rows of {benchmark}")
+    if benchmark == "data_loading":
+        return ", ".join(
+            f"{row['provider']} {float(row['images_per_s']):.0f} images/s" for row in rows if row["images_per_s"]
+        )
+    key = {"relation_loss": ["preset", "sweep", "mode"], "train_step": ["pair", "models"]}[benchmark]
+    # The last group of the first pair or preset: forward and backward, or compiled models.
+    first = [row for row in rows if row[key[0]] == rows[0][key[0]]]
+    providers = by_provider(first, **{name: first[-1][name] for name in key})
+    ours = ours_of(providers)
+    if ours is None:
+        raise ValueError(f"no time of {' or '.join(OURS)}")
+    peers = [row for row in providers.values() if row is not ours]
+    ratios = [f"{row['provider']} {_ratio(row, ours)}" for row in peers]
+    what = f"{float(ours['images_per_s']):.0f} images/s" if benchmark == "train_step" else f"{_ms(ours)} ms"
+    return f"{ours[key[0]]}: {ours['provider']} {what}, " + ", ".join(ratios)
+
+
+def _ms(row: Row) -> str:
+    ms = float(row["step_ms"])
+    return f"{ms:.0f}" if ms >= 100 else f"{ms:#.3g}".rstrip(".")
+
+
+def _ratio(row: Row, ours: Row) -> str:
+    """How many times our time a provider takes."""
+    return f"{float(row['step_ms']) / float(ours['step_ms']):.2f}x" if row["step_ms"] else row["status"]
+
+
+def performance(rows: list[Row]) -> str:
+    losses, steps = newest(rows, "relation_loss"), newest(rows, "train_step")
+    # GPUs first, then by name.
+    devices = sorted(losses, key=lambda device: (losses[device][0]["device_type"] != "cuda", device))
+    return "\n\n".join(device_section(losses[device], steps.get(device, [])) for device in devices)
+
+
+def device_section(losses: list[Row], steps: list[Row]) -> str:
+    """A table with a line for each provider, and the sentence that says what was measured."""
+    points = [row for row in losses if row["sweep"] == "presets" and row["mode"] == "forward_backward"]
+    presets = list(dict.fromkeys(row["preset"] for row in points))
+    columns = [(f"ViT-{name}", by_provider(points, preset=name), "ms") for name in presets]
+    first = points[0]
+    columns.append((f"extra MiB, ViT-{presets[0]}", columns[0][1], "MiB"))
+    for pair in dict.fromkeys(row["pair"] for row in steps):
+        of_pair = [row for row in steps if row["pair"] == pair]
+        columns.append((f"step {pair}", by_provider(of_pair, models=of_pair[-1]["models"]), "images/s"))
+    table = [["", *(name for name, _, _ in columns)]]
+    for provider, label in NAMES.items():
+        if any(provider in rows for _, rows, _ in columns):
+            table.append([label, *(_cell(provider, rows, unit) for _, rows, unit in columns)])
+    widths = [max(map(len, column)) for column in zip(*table)]
+    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |" for line in table]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    threads = f", {first['num_threads']} threads" if first["device_type"] == "cpu" else ""
+    batches = _several(row["batch_size"] for row in points)
+    how = (
+        f"**{first['device']}{threads}.** Milliseconds for loss and gradient of {first['relations'].upper().replace('+', ' + ')}, {first['dtype']}, "
+        f"N = {first['num_tokens']}, batch {batches}, and how many times our time that is; medians of interleaved repeats, each provider first held against "
+        f"fp64. {first['date']}, commit {first['commit']}, torch {first['torch']}: `python benchmarks/relation_loss.py`."
+    )
+    if steps:
+        step = steps[-1]
+        models = {"compile": "compiled models", "eager": "eager models"}[step["models"]]
+        how += (
+            f" Step: images/s of whole distillation steps with random images, {step['dtype']}, batch {step['batch_size']}, {models}, "
+            f"{step['date']}: `python benchmarks/train_step.py`."
+        )
+    return "\n".join([how, "", *lines])
+
+
+def _several(values: Iterable[str]) -> str:
+    return " and ".join(dict.fromkeys(values))
+
+
+def _cell(provider: str, rows: dict[str, Row], unit: str) -> str:
+    if provider not in rows:
+        return ""
+    row, ours = rows[provider], ours_of(rows)
+    if not row["step_ms"]:
+        return row["status"]
+    if unit == "MiB":
+        return f"{float(row['peak_extra_mib']):.0f}" if row["peak_extra_mib"] else ""
+    value = f"{float(row['images_per_s']):.0f}" if unit == "images/s" else _ms(row)
+    return value if row is ours or ours is None else f"{value} ({_ratio(row, ours)})"
+
+
+def proof(results: Path) -> str:
+    """What is proven on which device: a cell for each GPU that has a summary.json."""
+    summaries: dict[str, tuple[dict, dict]] = {}
+    for path in sorted(results.rglob("summary.json")):
+        summary, found = json.loads(path.read_text()), json.loads(path.with_name("environment.json").read_text())
+        if found["cuda"] and summary["date"] >= summaries.get(found["gpu"], (summary, found))[0]["date"]:
+            summaries[found["gpu"]] = summary, found
+    lines = ["| | CPU | GPU |", "|---|---|---|"]
+    for what, on_cpu, parts in PROOFS:
+        cells = [_proof_cell(parts, *summaries[gpu]) for gpu in sorted(summaries)]
+        on_gpu = "; ".join(filter(None, cells)) or "not proven"
+        lines.append(f"| {what} | {on_cpu} | {on_gpu} |")
+    return "\n".join(lines)
+
+
+def _proof_cell(parts: Sequence[str], summary: dict, found: dict) -> str:
+    """Empty where nothing was run."""
+    by_name = {part["part"]: part for part in summary["parts"]}
+    ran = [by_name[name] for name in parts if name in by_name and by_name[name]["state"] != "left out"]
+    if "other_gpu_tests" in parts and not any(
+        found["versions"].get(name) for name in found["versions"] if "dali" in name
+    ):
+        return ""
+    if not ran:
+        return ""
+    where = f"{found['gpu']}, {summary['date']}"
+    failed = [part for part in ran if part["state"] == "failed"]
+    if failed:
+        return f"**fails** on {where}: " + ", ".join(
+            f"{part['part']} ({part['figure'] or part['reason']})" for part in failed
+        )
+    left_out = [name for name in parts if by_name.get(name, {"state": "left out"})["state"] == "left out"]
+    return f"tested on {where}" + (f", without {' and '.join(left_out)}" if left_out else "")
+
+
+def render(readme: str, results: Path) -> str:
+    """The README with both sections as the result files have them.
+
+    Raises:
+        ValueError: a section's markers are missing.
+    """
+    for name, text in (("performance", performance(read_rows(results))), ("proof", proof(results))):
+        start, end = f"<!-- {name}: made by `make readme-tables` -->", f"<!-- /{name} -->"
+        head, found, rest = readme.partition(start)
+        _, found_end, tail = rest.partition(end)
+        if not (found and found_end):
+            raise ValueError(f"README.md: got no section between {start} and {end}")
+        readme = f"{head}{start}\n{text}\n{end}{tail}"
+    return readme
+
+
+def main() -> None:
+    path = ROOT / "README.md"
+    try:
+        path.write_text(render(path.read_text(), RESULTS))
+    except ValueError as error:
+        sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    main()
