@@ -1,0 +1,433 @@
+"""One distillation step with random images: how much of it is the loss, and how far it is from the hardware's limits.
+
+python benchmarks/train_step.py                                  # the paper's pairs on a GPU, the smallest on a CPU
+python benchmarks/train_step.py --pairs B-S --models compile --batch-size 512 --output train_step.csv
+python benchmarks/train_step.py --floors                         # what a step takes at least on an H200; needs none
+
+A step is the teacher up to its target block, the student under autocast over fp32 weights, the loss, the backward pass
+and AdamW; no drop path, no data loading, no DeepSpeed. Losses are relation_loss.py's providers; models run eager, or with
+each block compiled on its own. A provider whose loss or gradient of the patch embedding is further from the whole step in
+fp64 than the tests allow gets no number. Providers run in alternation, on three batches in rotation.
+"""
+
+from __future__ import annotations
+
+import os
+
+# Before torch starts OpenMP, as in train.py: a short spin was fastest on two quiet cores (benchmarks/NOTES.md).
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+
+import argparse
+import copy
+import itertools
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import roofs
+import torch
+from relation_loss import OURS, PROVIDERS, Provider
+from torch import Tensor, nn
+
+import harness
+from tinymim_fast.models.vit import TappedViT, create_vit, freeze, init_mae_style
+
+RELATIONS = "qk", "vv"
+MODELS = "eager", "compile"
+# Kernels of a pre-norm block: FLOP in N C^2, FLOP in N^2 C, numbers read and written in N C. Attention keeps no map in
+# memory; additions are fused with the norm behind them, GELU with nothing.
+FORWARD = {
+    "norm1": (0, 0, 2),
+    "qkv": (6, 0, 4),
+    "attention": (0, 4, 4),
+    "projection": (2, 0, 2),
+    "addition, norm2": (0, 0, 4),
+    "fc1": (8, 0, 5),
+    "GELU": (0, 0, 8),
+    "fc2": (8, 0, 5),
+    "addition": (0, 0, 3),
+}
+BACKWARD = {
+    "norm1": (0, 0, 4),
+    "qkv": (12, 0, 8),
+    "attention": (0, 8, 8),
+    "projection": (4, 0, 4),
+    "norm2": (0, 0, 4),
+    "fc1": (16, 0, 10),
+    "GELU": (0, 0, 12),
+    "fc2": (16, 0, 10),
+}
+LAST_BLOCK = "norm1", "qkv"
+PATCH_PIXELS = 3 * 16**2
+# fp32 weight, gradient and both moments read, all but the gradient written; the bf16 copy of the weight and its gradient.
+ADAMW_BYTES = 7 * 4 + 2 * (2 + 4)
+GATE_IMAGES = 2
+
+
+@dataclass(frozen=True)
+class Vit:
+    """What of a vision transformer counts here: its width, and the 1-based block where it is tapped."""
+
+    name: str
+    width: int
+    block: int
+
+    def flop(self, num_tokens: int, *, backward: bool) -> int:
+        """Of one image; the backward pass needs no gradient of the pixels."""
+        kernels = BACKWARD if backward else FORWARD
+        patches = 2 * (num_tokens - 1) * PATCH_PIXELS * self.width
+        return patches + sum(self._flop(*k, num_tokens) for k in self._all(kernels))
+
+    def floor_s(self, num_tokens: int, rates: roofs.Rates, *, backward: bool) -> float:
+        """Of one image in bf16: each kernel takes as long as the matrix unit or the memory, whichever is slower."""
+        patches = 2 * (num_tokens - 1) * PATCH_PIXELS * self.width / rates.flop_per_s
+        num_bytes = 2 * num_tokens * self.width
+        return patches + sum(
+            max(self._flop(*k, num_tokens) / rates.flop_per_s, k[2] * num_bytes / rates.bytes_per_s)
+            for k in self._all(BACKWARD if backward else FORWARD)
+        )
+
+    def num_parameters(self) -> int:
+        """Of the products that the relation loss reaches."""
+        return (12 * (self.block - 1) + 3) * self.width**2 + PATCH_PIXELS * self.width
+
+    def _all(self, kernels: dict[str, tuple[int, int, int]]) -> Iterable[tuple[int, int, int]]:
+        whole = [kernel for kernel in kernels.values() for _ in range(self.block - 1)]
+        return [*whole, *(kernels[name] for name in LAST_BLOCK)]
+
+    def _flop(self, of_width: int, of_tokens: int, numbers: int, num_tokens: int) -> int:
+        return num_tokens * self.width * (of_width * self.width + of_tokens * num_tokens)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Teacher and student of a recipe."""
+
+    teacher: Vit
+    student: Vit
+    relation_heads: int
+
+    def loss_shape(self, batch_size: int, num_tokens: int) -> roofs.Shape:
+        widths = {"head_dim_s": self.student.width, "head_dim_t": self.teacher.width}
+        return roofs.Shape(
+            batch_size=batch_size,
+            num_heads=self.relation_heads,
+            num_tokens=num_tokens,
+            **{name: width // self.relation_heads for name, width in widths.items()},
+            itemsize=2,
+        )
+
+    def flop(self, batch_size: int, num_tokens: int = 197) -> int:
+        """Of a step; nothing is computed twice."""
+        passes = [
+            self.teacher.flop(num_tokens, backward=False),
+            self.student.flop(num_tokens, backward=False),
+            self.student.flop(num_tokens, backward=True),
+        ]
+        loss = roofs.total(RELATIONS, self.loss_shape(batch_size, num_tokens), backward=True)
+        return batch_size * sum(passes) + loss.flop
+
+    def floors_ms(self, batch_size: int, rates: roofs.Rates, num_tokens: int = 197) -> dict[str, float]:
+        """Of a step's parts, which run one after another."""
+        return {
+            "teacher": 1e3 * batch_size * self.teacher.floor_s(num_tokens, rates, backward=False),
+            "student forward": 1e3 * batch_size * self.student.floor_s(num_tokens, rates, backward=False),
+            "student backward": 1e3 * batch_size * self.student.floor_s(num_tokens, rates, backward=True),
+            "loss": roofs.floor_ms(RELATIONS, self.loss_shape(batch_size, num_tokens), rates, backward=True),
+            "AdamW": 1e3 * ADAMW_BYTES * self.student.num_parameters() / rates.bytes_per_s,
+        }
+
+
+# The recipes tinymim_base, tinymim_small and tinymim_tiny.
+PAIRS = {
+    "L-B": Pair(Vit("vit_large_patch16_224", 1024, 18), Vit("vit_base_patch16_224", 768, 12), 16),
+    "B-S": Pair(Vit("vit_base_patch16_224", 768, 12), Vit("vit_small_patch16_224", 384, 12), 12),
+    "S-T": Pair(Vit("vit_small_patch16_224", 384, 12), Vit("vit_tiny_patch16_224", 192, 12), 12),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One line of the result file, before the environment; numbers only where `status` is "ok".
+
+    loss_ms is the loss and its gradient alone, loss_share its part of the step. tflop_per_s counts what the step cannot
+    avoid, matmul_share is that of this GPU's measured products (model-FLOP utilisation), floor_share floor_ms / step_ms.
+    Errors are relative to the largest entry of the fp64 result: of the loss, and of the patch embedding's gradient.
+    """
+
+    benchmark: str = "train_step"
+    pair: str
+    models: str
+    provider: str
+    dtype: str
+    batch_size: int
+    img_size: int
+    status: str = harness.OK
+    detail: str = ""
+    step_ms: float | None = None
+    step_ms_p20: float | None = None
+    step_ms_p80: float | None = None
+    num_repeats: int | None = None
+    steps_per_repeat: int | None = None
+    images_per_s: float | None = None
+    loss_ms: float | None = None
+    loss_share: float | None = None
+    peak_extra_mib: float | None = None
+    tflop_per_s: float | None = None
+    matmul_share: float | None = None
+    floor_share: float | None = None
+    floor_ms: float | None = None
+    loss_error: float | None = None
+    grad_error: float | None = None
+
+
+@dataclass
+class Trainer:
+    """Teacher, student and optimizer of one pair; `step` is what is timed."""
+
+    teacher: nn.Module
+    student: nn.Module
+    optimizer: torch.optim.Optimizer
+    relation_heads: int
+    dtype: torch.dtype
+
+    def qkv(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            qkv_t = self.teacher(images.to(self.dtype))
+        half = self.dtype in (torch.float16, torch.bfloat16)
+        with torch.autocast(images.device.type, dtype=self.dtype if half else None, enabled=half):
+            return self.student(images), qkv_t
+
+    def step(self, provider: Provider, batches: Iterable[Tensor]) -> None:
+        qkv_s, qkv_t = self.qkv(next(batches))
+        provider(qkv_s, qkv_t, self.relation_heads, RELATIONS).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def loss_and_grad(self, provider: Provider, images: Tensor) -> tuple[Tensor, Tensor]:
+        loss = provider(*self.qkv(images), self.relation_heads, RELATIONS)
+        return loss.detach(), torch.autograd.grad(loss, self.student.model.patch_embed.proj.weight)[0]
+
+
+def build(pair: Pair, *, models: str, img_size: int, dtype: torch.dtype, device: torch.device) -> Trainer:
+    torch.manual_seed(0)
+    teacher, student = (
+        TappedViT(init(create_vit(vit.name, img_size=img_size, flag="--pairs")), vit.block)
+        for vit in (pair.teacher, pair.student)
+    )
+    freeze(teacher, dtype, device)
+    student.to(device)
+    parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(
+        parameters, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.05, fused=device.type == "cuda"
+    )
+    if models == "compile":
+        for block in itertools.chain(teacher.model.blocks[:-1], student.model.blocks[:-1]):
+            block.compile(dynamic=False)  # all blocks of a model share one compilation
+    return Trainer(teacher, student, optimizer, pair.relation_heads, dtype)
+
+
+def init(model: nn.Module) -> nn.Module:
+    init_mae_style(model, pos_embed="sincos")
+    return model
+
+
+def exact_loss_and_grad(trainer: Trainer, images: Tensor) -> tuple[Tensor, Tensor]:
+    """The whole step in fp64, with the weights and images as the dtype has them."""
+    double = [copy.deepcopy(model).double() for model in (trainer.teacher, trainer.student)]
+    exact = Trainer(*double, trainer.optimizer, trainer.relation_heads, torch.float64)
+    return exact.loss_and_grad(PROVIDERS["eager"], images.double())
+
+
+def measure(
+    pair_name: str,
+    models: str,
+    providers: Sequence[str],
+    device: torch.device,
+    *,
+    dtype: torch.dtype,
+    batch_size: int,
+    img_size: int = 224,
+    seconds: float = 10.0,
+    num_repeats: int | None = None,
+) -> list[Row]:
+    """One row for each provider; what runs out of memory or fails the gate says so."""
+    torch._dynamo.reset()
+    pair = PAIRS[pair_name]
+    common = {
+        "pair": pair_name,
+        "models": models,
+        "dtype": str(dtype).removeprefix("torch."),
+        "batch_size": batch_size,
+        "img_size": img_size,
+    }
+    columns: dict[str, dict] = {name: {} for name in providers}
+    trainer = build(pair, models=models, img_size=img_size, dtype=dtype, device=device)
+    batches = itertools.cycle(
+        [torch.randn(batch_size, 3, img_size, img_size, device=device).to(dtype) for _ in range(3)]
+    )
+    check(trainer, next(batches)[:GATE_IMAGES], columns)
+
+    steps: dict[str, Callable[[], object]] = {}
+    for name, found in columns.items():
+        if "status" in found:
+            continue
+        step = lambda name=name: trainer.step(PROVIDERS[name], batches)  # noqa: E731
+        try:
+            step()
+            found["peak_extra_mib"] = harness.peak_extra_mib(step, device)
+            steps[name] = step
+        except Exception as error:
+            out_of_memory = harness.is_out_of_memory(error)
+            status = harness.OUT_OF_MEMORY if out_of_memory else harness.NOT_AVAILABLE
+            found.update(status=status, detail=harness.one_line(error))
+        trainer.optimizer.zero_grad(set_to_none=True)
+    timing = {"device": device, "num_repeats": num_repeats}
+    qkv_s, qkv_t = (qkv.detach() for qkv in trainer.qkv(next(batches)))
+    losses = {name: lambda name=name: loss_alone(PROVIDERS[name], qkv_s, qkv_t, pair.relation_heads) for name in steps}
+    times = harness.time_interleaved(steps, seconds=seconds, **timing)
+    loss_times = harness.time_interleaved(losses, seconds=seconds / 4, **timing)
+
+    flop = pair.flop(batch_size, trainer.student.num_tokens)
+    rates = roofs.measured_rates(device, dtype) if device.type == "cuda" else None
+    for name, found in columns.items():
+        if name not in steps:
+            continue
+        found.update(times[name].columns())
+        step_ms = found["step_ms"]
+        found["images_per_s"] = round(1e3 * batch_size / step_ms, 1)
+        found["loss_ms"] = harness.percentiles(loss_times[name].step_ms)["step_ms"]
+        found["loss_share"] = round(found["loss_ms"] / step_ms, 4)
+        found["tflop_per_s"] = round(flop / step_ms / 1e9, 3)
+        if rates is not None:
+            floor_ms = sum(pair.floors_ms(batch_size, rates, trainer.student.num_tokens).values())
+            found["matmul_share"] = round(1e12 * found["tflop_per_s"] / rates.flop_per_s, 4)
+            found["floor_ms"], found["floor_share"] = round(floor_ms, 4), round(floor_ms / step_ms, 4)
+    return [Row(provider=name, **common, **found) for name, found in columns.items()]
+
+
+def check(trainer: Trainer, images: Tensor, columns: dict[str, dict]) -> None:
+    """The rule of the tests: errors of at most twice those of eager models with the eager loss, plus a floor."""
+    exact = exact_loss_and_grad(trainer, images)
+    plain = copy.deepcopy(trainer)  # without what was compiled
+
+    def errors(of: Trainer, name: str) -> list[float]:
+        pairs = zip(of.loss_and_grad(PROVIDERS[name], images), exact)
+        return [float(f"{harness.relative_error(actual, wanted):.2e}") for actual, wanted in pairs]
+
+    allowed = errors(plain, "eager")
+    for name, found in columns.items():
+        try:
+            found["loss_error"], found["grad_error"] = errors(trainer, name)
+        except Exception as error:
+            found.update(status=harness.NOT_AVAILABLE, detail=harness.one_line(error))
+            continue
+        pairs = (found["loss_error"], allowed[0]), (found["grad_error"], allowed[1])
+        if not all(harness.passes_gate(error, plain_error, trainer.dtype) for error, plain_error in pairs):
+            found.update(
+                status=harness.FAILED_GATE, detail=f"eager: loss error {allowed[0]}, gradient error {allowed[1]}"
+            )
+
+
+def loss_alone(provider: Provider, qkv_s: Tensor, qkv_t: Tensor, relation_heads: int) -> Tensor:
+    qkv_s = qkv_s.detach().requires_grad_()
+    return torch.autograd.grad(provider(qkv_s, qkv_t, relation_heads, RELATIONS), qkv_s)[0]
+
+
+def print_row(row: dict) -> None:
+    if row["status"] != harness.OK:
+        numbers = f"{row['status']}: {row['detail']}"
+    else:
+        spread = f"({row['step_ms_p20']:.4g} to {row['step_ms_p80']:.4g})"
+        numbers = f"{row['step_ms']:>9.4g} {spread:<19}{row['images_per_s']:>9.0f}{100 * row['loss_share']:>7.0f} %"
+        numbers += f"{row['peak_extra_mib']:>11.0f}"
+        if row["matmul_share"] is not None:
+            numbers += f"{100 * row['matmul_share']:>9.0f} %{100 * row['floor_share']:>7.0f} %"
+    print(f"{row['pair']:<6}{row['models']:<9}{row['provider']:<10}{numbers}", flush=True)
+
+
+def print_floors(batch_size: int) -> None:
+    """Of an H200 under load: the steps of the recipes, in bf16."""
+    rates = roofs.H200_UNDER_LOAD
+    print(
+        f"batch {batch_size}: floors in ms on {rates.flop_per_s / 1e12:.0f} TFLOP/s and {rates.bytes_per_s / 1e9:.0f} GB/s"
+    )
+    for name, pair in PAIRS.items():
+        floors = pair.floors_ms(batch_size, rates)
+        whole = sum(floors.values())
+        parts = ", ".join(f"{part} {ms:.1f}" for part, ms in floors.items())
+        print(
+            f"{name}: {pair.flop(batch_size) / batch_size / 1e9:.1f} GFLOP an image, {parts}; {whole:.1f} together, "
+            f"{1e3 * batch_size / whole:.0f} images/s, matrix unit {pair.flop(batch_size) / rates.flop_per_s / whole * 1e5:.0f} % busy"
+        )
+
+
+def parse_args() -> argparse.Namespace:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    add = parser.add_argument
+    add("--device", choices=["cuda", "cpu"], default=harness.default_device().type)
+    add("--pairs", nargs="+", choices=list(PAIRS), help="all on a GPU, S-T on a CPU")
+    add("--models", nargs="+", choices=MODELS, help="both on a GPU, eager on a CPU")
+    providers = "official, compile, chunked and, on a GPU, triton if not given"
+    add("--providers", nargs="+", choices=list(PROVIDERS), help=providers)
+    add("--dtype", choices=["bfloat16", "float16", "float32"], help="bfloat16 on a GPU, float32 on a CPU")
+    add("--batch-size", type=int, help="256 on a GPU, 4 on a CPU")
+    add("--num-repeats", type=int, help="as many as fit --seconds-per-point if not given")
+    add("--seconds-per-point", type=float, default=6.0)
+    add("--time-budget", type=float, default=float("inf"), help="seconds; starts no point that will not fit")
+    add("--output", type=Path)
+    add("--floors", action="store_true", help="print the floors of an H200 and end")
+    args = parser.parse_args()
+    cuda = args.device == "cuda"
+    if cuda and not torch.cuda.is_available():
+        parser.error("--device cuda: no CUDA device; want --device cpu")
+    args.pairs = args.pairs or (list(PAIRS) if cuda else ["S-T"])
+    args.models = args.models or (MODELS if cuda else ["eager"])
+    args.providers = args.providers or ["official", "compile", "chunked", *(["triton"] if cuda else [])]
+    args.dtype = args.dtype or ("bfloat16" if cuda else "float32")
+    args.batch_size = args.batch_size or (256 if cuda else 4)
+    return args
+
+
+def main() -> None:
+    args = parse_args()
+    if args.floors:
+        print_floors(args.batch_size)
+        return
+    device = torch.device(args.device)
+    file = harness.ResultFile(args.output, device)
+    start, longest_s = time.monotonic(), 0.0
+    print(
+        f"{'pair':<6}{'models':<9}{'loss':<10}{'ms':>9} {'(20 to 80 %)':<19}{'images/s':>9}{'loss':>9}{'extra MiB':>11}",
+        end="",
+    )
+    print(f"{'matmul':>11}{'floor':>9}" if device.type == "cuda" else "")
+    for pair, models in itertools.product(args.pairs, args.models):
+        began = time.monotonic()
+        if began - start + longest_s > args.time_budget:
+            print(f"{pair:<6}{models:<9}left out: {args.time_budget:.0f} s are not enough")
+            continue
+        rows = measure(
+            pair,
+            models,
+            args.providers,
+            device,
+            dtype=getattr(torch, args.dtype),
+            batch_size=args.batch_size,
+            seconds=args.seconds_per_point,
+            num_repeats=args.num_repeats,
+        )
+        for row in rows:
+            file.add(row)
+            print_row(asdict(row))
+        longest_s = max(longest_s, time.monotonic() - began)
+    bad = (harness.FAILED_GATE, harness.NOT_AVAILABLE)
+    sys.exit(any(row["provider"] in OURS and row["status"] in bad for row in file.rows))
+
+
+if __name__ == "__main__":
+    main()
