@@ -11,6 +11,7 @@ log.txt, JUnit XML, the benchmarks' CSV and pictures. Exit code: 0 if nothing fa
 import argparse
 import contextlib
 import datetime
+import glob
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -68,9 +69,10 @@ class Part:
 
     Args:
         name: in the summary.
-        command: arguments; {out} is the output folder, {scratch} one that is removed afterwards, {seconds} the time that
+        command: arguments, patterns of files expanded; {out} is the output folder, {scratch} one that is removed afterwards, {seconds} the time that
             the part has, less what stopping takes.
-        needs: what must be there: "cuda", a program as "program:NAME", a module as "module:NAME", else a file in ROOT.
+        needs: what must be there: "cuda", a program as "program:NAME", a module as "module:NAME", the result of another part
+            as "result:NAME", else a file in ROOT.
         limit_s: seconds after which it is stopped.
         figure: the key figure, from the output folder and what the part printed.
         is_test: running out of time is a failure; a benchmark keeps the rows that it has.
@@ -160,7 +162,7 @@ def find_program(name: str) -> str | None:
     return shutil.which(name) or shutil.which(name, path=os.pathsep.join(folders))
 
 
-def missing(part: Part, found: dict) -> str:
+def missing(part: Part, found: dict, folder: Path) -> str:
     """Why the part can't run here; empty if it can."""
     for need in part.needs:
         kind, _, name = need.rpartition(":")
@@ -173,6 +175,9 @@ def missing(part: Part, found: dict) -> str:
         elif kind == "program":
             if find_program(name) is None:
                 return f"{name} is neither on the PATH nor in CUDA_HOME"
+        elif kind == "result":
+            if not (folder / name).exists():
+                return f"there is no {name}"
         elif not (ROOT / need).exists():
             return f"{need} is not in this checkout"
     return ""
@@ -201,7 +206,7 @@ def run(parts: Sequence[Part], found: dict, folder: Path, seconds: float) -> tup
             left = deadline - time.monotonic()
             if signals:
                 result = Result(part.name, "left out", "stopped before its turn", 0, "")
-            elif reason := missing(part, found):
+            elif reason := missing(part, found, folder):
                 result = Result(part.name, "left out", reason, 0, "")
             elif left < MIN_PART_S:
                 result = Result(part.name, "left out", "no time left", 0, "")
@@ -222,7 +227,10 @@ def run_part(part: Part, folder: Path, left_s: float, signals: Sequence[int]) ->
     limit_s = min(part.limit_s, left_s)
     scratch = tempfile.TemporaryDirectory(prefix="tinymim_fast_", ignore_cleanup_errors=True)
     fields = {"out": str(folder), "scratch": scratch.name, "seconds": f"{max(1, limit_s - GRACE_S):.0f}"}
-    command = [argument.format(**fields) for argument in part.command]
+    arguments = [argument.format(**fields) for argument in part.command]
+    command = [
+        file for argument in arguments for file in (sorted(glob.glob(argument)) if "*" in argument else [argument])
+    ]
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
     env = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "TRITON_INTERPRET": "0"}
     start = time.monotonic()
@@ -389,7 +397,13 @@ def parts_of(mode: str, cuda: bool, data_path: str) -> list[Part]:
             needs=[*needs, "module:PIL", "module:torchvision"],
             figure=of_results("data_loading"),
         ),
-        benchmark("plot", "{out}", name="pictures", needs=[*needs, "module:matplotlib"], limit_s=60),
+        benchmark(
+            "plot",
+            *("{out}/relation_loss*.csv", "--output-dir", "{out}"),
+            name="pictures",
+            needs=[*needs, "module:matplotlib", "result:relation_loss.csv"],
+            limit_s=60,
+        ),
     ]
     if mode == "bench":
         return [presets, *rest, benchmark("aot_report", "--output", "{out}/aot_report.csv", limit_s=600)]

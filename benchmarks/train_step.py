@@ -27,12 +27,12 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import roofs
 import torch
-from relation_loss import OURS, PROVIDERS, Provider
 from torch import Tensor, nn
 
 import harness
+import roofs
+from relation_loss import OURS, PROVIDERS, Provider
 from tinymim_fast.models.vit import TappedViT, create_vit, freeze, init_mae_style
 
 RELATIONS = "qk", "vv"

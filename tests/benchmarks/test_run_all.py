@@ -52,6 +52,7 @@ def test_each_part_has_its_own_fate(tmp_path, capsys):
         part("needs_package", "", needs=["module:no_such_package.part"]),
         part("needs_program", "", needs=["program:no-such-program"]),
         part("needs_file", "", needs=["benchmarks/no_such_file.py"]),
+        part("needs_result", "", needs=["result:none.csv"]),
         run_all.Part("does_not_start", ["/no/such/program"]),
         part(
             "passes", "import os, tinymim_fast.errors; print(os.environ['TRITON_INTERPRET'])", figure=run_all.last_line
@@ -67,18 +68,19 @@ def test_each_part_has_its_own_fate(tmp_path, capsys):
         ("needs_package", "left out", "no_such_package.part is not installed"),
         ("needs_program", "left out", "no-such-program is neither on the PATH nor in CUDA_HOME"),
         ("needs_file", "left out", "benchmarks/no_such_file.py is not in this checkout"),
+        ("needs_result", "left out", "there is no none.csv"),
         ("does_not_start", "failed", "does not start: [Errno 2] No such file or directory: '/no/such/program'"),
         ("passes", "passed", ""),
         ("writes", "passed", ""),
     ]
-    assert stopped == 0 and results[8].figure == "0" and (out / "file").read_text() == "20"
+    assert stopped == 0 and results[9].figure == "0" and (out / "file").read_text() == "20"
     assert not any(is_running((tmp_path / name).read_text()) for name in ("leader", "worker"))
     assert "why it failed" in capsys.readouterr().out and "why it failed" in (out / "log.txt").read_text()
     summary = json.loads((out / "summary.json").read_text())
     assert summary["device"] == "a CPU" and [p["state"] for p in summary["parts"]] == [r.state for r in results]
     assert json.loads((out / "environment.json").read_text()) == FOUND
     lines = run_all.table(results).splitlines()
-    assert len(lines) == 11 and lines[1].split(maxsplit=3) == ["fails", "failed", lines[1].split()[2], "exit code 3"]
+    assert len(lines) == 12 and lines[1].split(maxsplit=3) == ["fails", "failed", lines[1].split()[2], "exit code 3"]
 
 
 def test_time_runs_out(tmp_path):
