@@ -8,6 +8,7 @@ Every CSV below that folder is read; of each device and benchmark, the newest da
 import csv
 import json
 import sys
+import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -24,13 +25,17 @@ NAMES = {
 OURS = "triton", "chunked"
 # What is proven, how on a CPU (CI), and the parts of run_all.py that must have passed on a GPU.
 PROOFS = [
-    ("relation loss, `reference` and `chunked`: fp64 oracle", "tested", ["relation_loss"]),
+    (
+        "relation loss, `chunked`, against fp64",
+        "tested, all listed shapes and dtypes, `reference` too",
+        ["relation_loss"],
+    ),
     (
         'fused Triton kernels (`backend="triton"`)',
         "tested in Triton's interpreter, fp32 and fp16; compiled for sm_80, 89, 90, 100 and gfx942",
         ["kernel_tests"],
     ),
-    ("their memory accesses and races (compute-sanitizer)", "cannot be", ["memcheck", "racecheck"]),
+    ("their memory accesses and races (compute-sanitizer)", "not applicable", ["memcheck", "racecheck"]),
     ("DALI two-view loading", "tested (CPU decoding)", ["other_gpu_tests"]),
     ("a training step in bf16 on random images, every loss backend", "tested", ["train_step"]),
     ("pre-training, distillation with DeepSpeed, export, k-NN (`make demo`)", "tested", ["demo"]),
@@ -40,11 +45,13 @@ Row = dict[str, str]
 
 
 def read_rows(folder: Path) -> list[Row]:
-    """Of every benchmark's CSV below a folder."""
+    """Of every CSV below a folder that has the columns which the benchmarks share, and the file."""
     rows = []
     for path in sorted(folder.rglob("*.csv")):
         with path.open(newline="") as file:
-            rows += [{**row, "file": path.name} for row in csv.DictReader(file) if "benchmark" in row]
+            rows += [
+                {**row, "file": str(path)} for row in csv.DictReader(file) if {"benchmark", "status"} <= row.keys()
+            ]
     return rows
 
 
@@ -69,35 +76,37 @@ def by_provider(rows: Iterable[Row], **where: str) -> dict[str, Row]:
     return found
 
 
+def point_of(row: Row) -> Row:
+    """The columns before the provider: what was measured."""
+    names = list(row)
+    return {name: row[name] for name in names[: names.index("provider")]}
+
+
 def ours_of(providers: dict[str, Row]) -> Row | None:
     return next((providers[name] for name in OURS if name in providers and providers[name]["step_ms"]), None)
 
 
 def headline(rows: list[Row], benchmark: str) -> str:
-    """The key figure of a benchmark's rows, one line."""
+    """The key figure of a benchmark's rows: its first point, which is the most important, in one line.
+
+    Raises:
+        ValueError: nothing of ours was timed there.
+    """
     rows = [row for row in rows if row["benchmark"] == benchmark]
-    if not rows:
-        raise ValueError(f"no rows of {benchmark}")
-    if benchmark == "data_loading":
-        return ", ".join(
-            f"{row['provider']} {float(row['images_per_s']):.0f} images/s" for row in rows if row["images_per_s"]
-        )
-    key = {"relation_loss": ["preset", "sweep", "mode"], "train_step": ["pair", "models"]}[benchmark]
-    # The last group of the first pair or preset: forward and backward, or compiled models.
-    first = [row for row in rows if row[key[0]] == rows[0][key[0]]]
-    providers = by_provider(first, **{name: first[-1][name] for name in key})
+    providers = by_provider(rows, **point_of(rows[0])) if rows else {}
     ours = ours_of(providers)
     if ours is None:
-        raise ValueError(f"no time of {' or '.join(OURS)}")
-    peers = [row for row in providers.values() if row is not ours]
-    ratios = [f"{row['provider']} {_ratio(row, ours)}" for row in peers]
-    what = f"{float(ours['images_per_s']):.0f} images/s" if benchmark == "train_step" else f"{_ms(ours)} ms"
-    return f"{ours[key[0]]}: {ours['provider']} {what}, " + ", ".join(ratios)
+        raise ValueError(f"no time of {' or '.join(OURS)} in the first rows of {benchmark}")
+    peers = [f"{row['provider']} {_ratio(row, ours)}" for row in providers.values() if row is not ours]
+    point = ours.get("pair") or f"ViT-{ours['preset']} {ours['mode']}"
+    rate = f", {_number(ours['images_per_s'])} images/s" if "images_per_s" in ours else ""
+    return ", ".join([f"{point}: {ours['provider']} {_number(ours['step_ms'])} ms{rate}", *peers])
 
 
-def _ms(row: Row) -> str:
-    ms = float(row["step_ms"])
-    return f"{ms:.0f}" if ms >= 100 else f"{ms:#.3g}".rstrip(".")
+def _number(text: str) -> str:
+    """Three significant digits, no exponent."""
+    value = float(text)
+    return f"{value:.0f}" if value >= 100 else f"{value:#.3g}".rstrip(".")
 
 
 def _ratio(row: Row, ours: Row) -> str:
@@ -105,11 +114,17 @@ def _ratio(row: Row, ours: Row) -> str:
     return f"{float(row['step_ms']) / float(ours['step_ms']):.2f}x" if row["step_ms"] else row["status"]
 
 
-def performance(rows: list[Row]) -> str:
+def performance(results: Path) -> str:
+    """A section for each device, GPUs first, and the picture of the first that has one."""
+    rows = read_rows(results)
     losses, steps = newest(rows, "relation_loss"), newest(rows, "train_step")
-    # GPUs first, then by name.
     devices = sorted(losses, key=lambda device: (losses[device][0]["device_type"] != "cuda", device))
-    return "\n\n".join(device_section(losses[device], steps.get(device, [])) for device in devices)
+    sections = [device_section(losses[device], steps.get(device, [])) for device in devices]
+    for device in devices:
+        for picture in sorted(Path(losses[device][0]["file"]).parent.glob("*tokens_time.png")):
+            name = f"Time against the number of tokens, {device}"
+            return "\n\n".join([*sections, f"![{name}](benchmarks/results/{picture.relative_to(results).as_posix()})"])
+    return "\n\n".join(sections) or "Not measured yet."
 
 
 def device_section(losses: list[Row], steps: list[Row]) -> str:
@@ -121,33 +136,30 @@ def device_section(losses: list[Row], steps: list[Row]) -> str:
     columns.append((f"extra MiB, ViT-{presets[0]}", columns[0][1], "MiB"))
     for pair in dict.fromkeys(row["pair"] for row in steps):
         of_pair = [row for row in steps if row["pair"] == pair]
-        columns.append((f"step {pair}", by_provider(of_pair, models=of_pair[-1]["models"]), "images/s"))
+        columns.append((f"step {pair}", by_provider(of_pair, models=of_pair[0]["models"]), "images/s"))
     table = [["", *(name for name, _, _ in columns)]]
-    for provider, label in NAMES.items():
-        if any(provider in rows for _, rows, _ in columns):
-            table.append([label, *(_cell(provider, rows, unit) for _, rows, unit in columns)])
+    found = {provider for _, rows, _ in columns for provider in rows}
+    for provider in [*(name for name in NAMES if name in found), *sorted(found - NAMES.keys())]:
+        table.append([NAMES.get(provider, provider), *(_cell(provider, rows, unit) for _, rows, unit in columns)])
     widths = [max(map(len, column)) for column in zip(*table)]
     lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |" for line in table]
     lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
     threads = f", {first['num_threads']} threads" if first["device_type"] == "cpu" else ""
-    batches = _several(row["batch_size"] for row in points)
+    relations = first["relations"].upper().replace("+", " + ")
+    batches = " and ".join(dict.fromkeys(row["batch_size"] for row in points))
     how = (
-        f"**{first['device']}{threads}.** Milliseconds for loss and gradient of {first['relations'].upper().replace('+', ' + ')}, {first['dtype']}, "
-        f"N = {first['num_tokens']}, batch {batches}, and how many times our time that is; medians of interleaved repeats, each provider first held against "
-        f"fp64. {first['date']}, commit {first['commit']}, torch {first['torch']}: `python benchmarks/relation_loss.py`."
+        f"**{first['device']}{threads}**: milliseconds for {relations} and the student's gradient, from packed projections, {first['dtype']}, batch {batches}, "
+        f"N = {first['num_tokens']}, and how many times our time that is. Medians of interleaved repeats; each provider is first held against fp64. "
+        f"{first['date']}, commit {first['commit']}, torch {first['torch']}: `python benchmarks/relation_loss.py`."
     )
     if steps:
-        step = steps[-1]
+        step = steps[0]
         models = {"compile": "compiled models", "eager": "eager models"}[step["models"]]
         how += (
-            f" Step: images/s of whole distillation steps with random images, {step['dtype']}, batch {step['batch_size']}, {models}, "
-            f"{step['date']}: `python benchmarks/train_step.py`."
+            f" Step: images/s of whole distillation steps on random images, {step['dtype']}, batch {step['batch_size']}, {models}; "
+            f"{step['date']}, commit {step['commit']}: `python benchmarks/train_step.py`."
         )
-    return "\n".join([how, "", *lines])
-
-
-def _several(values: Iterable[str]) -> str:
-    return " and ".join(dict.fromkeys(values))
+    return "\n".join([textwrap.fill(how, 160, break_long_words=False, break_on_hyphens=False), "", *lines])
 
 
 def _cell(provider: str, rows: dict[str, Row], unit: str) -> str:
@@ -158,7 +170,7 @@ def _cell(provider: str, rows: dict[str, Row], unit: str) -> str:
         return row["status"]
     if unit == "MiB":
         return f"{float(row['peak_extra_mib']):.0f}" if row["peak_extra_mib"] else ""
-    value = f"{float(row['images_per_s']):.0f}" if unit == "images/s" else _ms(row)
+    value = _number(row["images_per_s" if unit == "images/s" else "step_ms"])
     return value if row is ours or ours is None else f"{value} ({_ratio(row, ours)})"
 
 
@@ -181,20 +193,17 @@ def _proof_cell(parts: Sequence[str], summary: dict, found: dict) -> str:
     """Empty where nothing was run."""
     by_name = {part["part"]: part for part in summary["parts"]}
     ran = [by_name[name] for name in parts if name in by_name and by_name[name]["state"] != "left out"]
-    if "other_gpu_tests" in parts and not any(
-        found["versions"].get(name) for name in found["versions"] if "dali" in name
-    ):
-        return ""
-    if not ran:
+    has_dali = any(version for package, version in found["versions"].items() if "dali" in package)
+    if not ran or ("other_gpu_tests" in parts and not has_dali):
         return ""
     where = f"{found['gpu']}, {summary['date']}"
     failed = [part for part in ran if part["state"] == "failed"]
     if failed:
-        return f"**fails** on {where}: " + ", ".join(
-            f"{part['part']} ({part['figure'] or part['reason']})" for part in failed
-        )
-    left_out = [name for name in parts if by_name.get(name, {"state": "left out"})["state"] == "left out"]
-    return f"tested on {where}" + (f", without {' and '.join(left_out)}" if left_out else "")
+        why = ", ".join(f"{part['part']} ({part['figure'] or part['reason']})" for part in failed)
+        return f"**fails** on {where}: {why}"
+    counts = "".join(f": {part['figure']}" for part in ran if " passed" in part["figure"])
+    left_out = [name for name in parts if by_name.get(name) not in ran]
+    return f"tested on {where}{counts}" + (f", without {' and '.join(left_out)}" if left_out else "")
 
 
 def render(readme: str, results: Path) -> str:
@@ -203,7 +212,7 @@ def render(readme: str, results: Path) -> str:
     Raises:
         ValueError: a section's markers are missing.
     """
-    for name, text in (("performance", performance(read_rows(results))), ("proof", proof(results))):
+    for name, text in (("performance", performance(results)), ("proof", proof(results))):
         start, end = f"<!-- {name}: made by `make readme-tables` -->", f"<!-- /{name} -->"
         head, found, rest = readme.partition(start)
         _, found_end, tail = rest.partition(end)

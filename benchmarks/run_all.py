@@ -395,7 +395,7 @@ def parts_of(mode: str, cuda: bool, data_path: str) -> list[Part]:
             *images,
             *("--output", "{out}/data_loading.csv"),
             needs=[*needs, "module:PIL", "module:torchvision"],
-            figure=of_results("data_loading"),
+            figure=last_line,
         ),
         benchmark(
             "plot",

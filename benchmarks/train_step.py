@@ -36,7 +36,7 @@ from relation_loss import OURS, PROVIDERS, Provider
 from tinymim_fast.models.vit import TappedViT, create_vit, freeze, init_mae_style
 
 RELATIONS = "qk", "vv"
-MODELS = "eager", "compile"
+MODELS = "compile", "eager"
 # Kernels of a pre-norm block: FLOP in N C^2, FLOP in N^2 C, numbers read and written in N C. Attention keeps no map in
 # memory; additions are fused with the norm behind them, GELU with nothing.
 FORWARD = {
@@ -161,10 +161,10 @@ class Row:
     benchmark: str = "train_step"
     pair: str
     models: str
-    provider: str
     dtype: str
     batch_size: int
     img_size: int
+    provider: str
     status: str = harness.OK
     detail: str = ""
     step_ms: float | None = None
@@ -298,7 +298,7 @@ def measure(
             continue
         found.update(times[name].columns())
         step_ms = found["step_ms"]
-        found["images_per_s"] = round(1e3 * batch_size / step_ms, 1)
+        found["images_per_s"] = round(1e3 * batch_size / step_ms, 2)
         found["loss_ms"] = harness.percentiles(loss_times[name].step_ms)["step_ms"]
         found["loss_share"] = round(found["loss_ms"] / step_ms, 4)
         found["tflop_per_s"] = round(flop / step_ms / 1e9, 3)
