@@ -132,8 +132,8 @@ def time_interleaved(
     """Times of all steps in alternation, so that a busy spell or a hot chip hits everyone.
 
     On CUDA, a repeat is as many steps behind one another as fill MIN_BLOCK_MS, between two events: what a loop that
-    does not wait for the device sees. Elsewhere a repeat is one step. To leave the caches cold, a step must take other
-    inputs each time.
+    does not wait for the device sees; one more before them is not timed, in which the allocator takes back what the
+    others left. Elsewhere a repeat is one step. To leave the caches cold, a step must take other inputs each time.
 
     Args:
         seconds: all repeats together take about as long, but there are at least MIN_REPEATS, at most MAX_REPEATS.
@@ -142,19 +142,22 @@ def time_interleaved(
     Raises:
         StepError: from what a step raised.
     """
+    cuda = device.type == "cuda"
     steps_per_repeat, round_ms = {}, 0.0
     for name, step in steps.items():
         timed(name, step, 1, device)
-        step_ms = timed(name, step, 3 if device.type == "cuda" else 1, device)
-        steps_per_repeat[name] = math.ceil(MIN_BLOCK_MS / step_ms) if device.type == "cuda" else 1
-        round_ms += steps_per_repeat[name] * step_ms
+        step_ms = timed(name, step, 3 if cuda else 1, device)
+        steps_per_repeat[name] = math.ceil(MIN_BLOCK_MS / step_ms) if cuda else 1
+        round_ms += (steps_per_repeat[name] + cuda) * step_ms
     if num_repeats is None:
         num_repeats = min(max(int(1e3 * seconds / max(round_ms, 1e-3)), MIN_REPEATS), MAX_REPEATS)
-    step_ms = {name: [] for name in steps}
+    times: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(num_repeats):
         for name, step in steps.items():
-            step_ms[name].append(timed(name, step, steps_per_repeat[name], device))
-    return {name: Times(step_ms=step_ms[name], steps_per_repeat=steps_per_repeat[name]) for name in steps}
+            if cuda:
+                timed(name, step, 1, device)
+            times[name].append(timed(name, step, steps_per_repeat[name], device))
+    return {name: Times(step_ms=times[name], steps_per_repeat=steps_per_repeat[name]) for name in steps}
 
 
 def timed(name: str, step: Callable[[], object], num_steps: int, device: torch.device) -> float:

@@ -27,6 +27,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -236,6 +237,12 @@ def padded(student: Side, teacher: Side, num_heads: int, relations: Sequence[str
         return loss
 
 
+@cache
+def compiled(provider: Provider) -> Provider:
+    """Compiled for each shape anew, with the first call: the compiler takes seconds to import."""
+    return torch.compile(provider, dynamic=False)
+
+
 def ours(backend: str) -> Provider:
     def loss(student: Side, teacher: Side, num_heads: int, relations: Sequence[str]) -> Tensor:
         if isinstance(student, Tensor):
@@ -251,8 +258,8 @@ def ours(backend: str) -> Provider:
 PROVIDERS: dict[str, Provider] = {
     "official": official,
     "eager": eager,
-    "compile": torch.compile(eager, dynamic=False),
-    "compile_padded": torch.compile(padded, dynamic=False),
+    "compile": lambda *args: compiled(eager)(*args),
+    "compile_padded": lambda *args: compiled(padded)(*args),
     "chunked": ours("chunked"),
     "triton": ours("triton"),
 }
@@ -296,7 +303,7 @@ def make_inputs(point: Point, device: torch.device, seed: int) -> Inputs:
 def make_input_sets(point: Point, device: torch.device) -> list[Inputs]:
     """Three, or as many as are twice as large as the L2 cache of a GPU."""
     sets = [make_inputs(point, device, seed=0)]
-    l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
+    l2_bytes = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 2**27) if device.type == "cuda" else 0
     num_sets = max(3, math.ceil(2 * l2_bytes / sets[0].num_bytes))
     return sets + [make_inputs(point, device, seed) for seed in range(1, num_sets)]
 
@@ -388,7 +395,8 @@ def measure(
     num_repeats: int | None = None,
 ) -> list[Row]:
     """One row for each provider: those that pass the gate are timed, those that fail in any way say why."""
-    torch._dynamo.reset()  # a compiled function keeps a few shapes only, and then runs as if it were not compiled
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()  # a compiled function keeps a few shapes only, and then runs as if it were not compiled
     rates = roofs.measured_rates(device, point.torch_dtype) if device.type == "cuda" else None
     columns: dict[str, dict] = {name: {} for name in providers}
     try:
@@ -642,6 +650,8 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"--device: got {args.device}, want cuda or cpu")
     if args.device.type == "cuda" and not torch.cuda.is_available():
         parser.error("--device: got cuda, but PyTorch sees no GPU; want --device cpu")
+    if args.device.type == "cuda":
+        args.device = torch.device("cuda", args.device.index or 0)
     for relations in args.relations:
         if not all(relation in ("qk", "vv", "qq", "kk") for relation in relations.split("+")):
             parser.error(f"--relations: got {relations!r}, want qk, vv, qq and kk joined by +")
@@ -663,6 +673,8 @@ def positive(text: str) -> int:
 
 def main() -> int:
     args = parse_args()
+    if args.device.type == "cuda":
+        torch.cuda.set_device(args.device)
     results = harness.ResultFile(args.output, args.device)
     print(", ".join(f"{name} {value}" for name, value in results.environment.items() if value != ""))
     if args.device.type == "cpu":
