@@ -77,11 +77,16 @@ def test_readme_is_what_the_files_say():
 
 
 def test_performance(tmp_path):
-    write(tmp_path / "gpu-1" / "day" / "relation_loss.csv", *losses())
+    write(
+        tmp_path / "gpu-1" / "day" / "relation_loss.csv",
+        *reversed(losses()),
+        {**LOSS, "provider": "newcomer", "step_ms": "4.0"},
+    )
     write(
         tmp_path / "gpu-1" / "day" / "train_step.csv",
         STEP,
         {**STEP, "provider": "official", "step_ms": "125", "images_per_s": "1024"},
+        {**STEP, "models": "eager", "images_per_s": "900"},
     )
     lines = lines_of(tmp_path)
     assert [cell.strip() for cell in lines[""].split("|")[2:-1]] == ["ViT-B", "extra MiB, ViT-B", "step L-B"]
@@ -89,15 +94,16 @@ def test_performance(tmp_path):
     assert cells["**`triton`**"] == ["2.00", "10", "1280"]
     assert cells["official formula"] == ["9.00 (4.50x)", "6000", "1024 (1.25x)"]
     assert cells["`torch.compile`"] == ["1.60 (0.80x)", "900", ""]  # who is faster than we are stays in
+    assert cells["newcomer"] == ["4.00 (2.00x)", "10", ""]
     assert cells["**`chunked`**"] == ["out of memory", "out of memory", ""]
     write(tmp_path / "gpu-1" / "day" / "relation_loss.csv", *losses(step_ms="3.0"))
     assert "3.00" in lines_of(tmp_path)["**`triton`**"]
 
 
 def test_the_newest_date_of_each_device_counts(tmp_path):
-    write(tmp_path / "old.csv", *losses(step_ms="7.0"))
-    write(tmp_path / "new.csv", *losses(date="2026-01-03"))
-    write(tmp_path / "cpu.csv", *losses(device="a CPU", device_type="cpu", date="2026-01-01", step_ms="500"))
+    write(tmp_path / "a.csv", *losses(step_ms="7.0"))
+    write(tmp_path / "b.csv", *losses(date="2026-01-03"))
+    write(tmp_path / "c.csv", *losses(device="a CPU", device_type="cpu", date="2026-01-01", step_ms="500"))
     write(tmp_path / "aot_report.csv", {"target": "sm_90"})
     text = readme_tables.render(EMPTY, tmp_path)
     assert "7.00" not in text and "2.00" in text and "500" in text
