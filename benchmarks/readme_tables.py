@@ -44,10 +44,10 @@ PROOFS = [
 Row = dict[str, str]
 
 
-def read_rows(folder: Path) -> list[Row]:
-    """Of every CSV below a folder that has the columns which the benchmarks share, and the file."""
+def read_rows(folder: Path, name: str = "*.csv") -> list[Row]:
+    """Of every CSV of that name below a folder that has the columns which the benchmarks share, and the file."""
     rows = []
-    for path in sorted(folder.rglob("*.csv")):
+    for path in sorted(folder.rglob(name)):
         with path.open(newline="") as file:
             rows += [
                 {**row, "file": str(path)} for row in csv.DictReader(file) if {"benchmark", "status"} <= row.keys()
@@ -86,17 +86,16 @@ def ours_of(providers: dict[str, Row]) -> Row | None:
     return next((providers[name] for name in OURS if name in providers and providers[name]["step_ms"]), None)
 
 
-def headline(rows: list[Row], benchmark: str) -> str:
-    """The key figure of a benchmark's rows: its first point, which is the most important, in one line.
+def headline(rows: list[Row]) -> str:
+    """The key figure of one file's rows: the first point, which is the most important, in one line.
 
     Raises:
         ValueError: nothing of ours was timed there.
     """
-    rows = [row for row in rows if row["benchmark"] == benchmark]
     providers = by_provider(rows, **point_of(rows[0])) if rows else {}
     ours = ours_of(providers)
     if ours is None:
-        raise ValueError(f"no time of {' or '.join(OURS)} in the first rows of {benchmark}")
+        raise ValueError(f"no time of {' or '.join(OURS)} in the first rows")
     peers = [f"{row['provider']} {_ratio(row, ours)}" for row in providers.values() if row is not ours]
     point = ours.get("pair") or f"ViT-{ours['preset']} {ours['mode']}"
     rate = f", {_number(ours['images_per_s'])} images/s" if "images_per_s" in ours else ""

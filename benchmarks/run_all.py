@@ -69,8 +69,8 @@ class Part:
 
     Args:
         name: in the summary.
-        command: arguments, patterns of files expanded; {out} is the output folder, {scratch} one that is removed afterwards, {seconds} the time that
-            the part has, less what stopping takes.
+        command: arguments, patterns of files expanded; {out} is the output folder, {scratch} one that is removed afterwards, {seconds} three
+            quarters of the time that the part has, for flags that keep what is begun from going on too long.
         needs: what must be there: "cuda", a program as "program:NAME", a module as "module:NAME", the result of another part
             as "result:NAME", else a file in ROOT.
         limit_s: seconds after which it is stopped.
@@ -226,7 +226,9 @@ def run_part(part: Part, folder: Path, left_s: float, signals: Sequence[int]) ->
     """One part in a process group of its own, of which nothing is left afterwards."""
     limit_s = min(part.limit_s, left_s)
     scratch = tempfile.TemporaryDirectory(prefix="tinymim_fast_", ignore_cleanup_errors=True)
-    fields = {"out": str(folder), "scratch": scratch.name, "seconds": f"{max(1, limit_s - GRACE_S):.0f}"}
+    fields = {"out": str(folder), "scratch": scratch.name, "seconds": f"{0.75 * limit_s:.0f}"}
+    for name in re.findall(r"\{out\}/([\w.]+)", " ".join(part.command)):
+        (folder / name).unlink(missing_ok=True)  # of an earlier run, which would pass for this one's
     arguments = [argument.format(**fields) for argument in part.command]
     command = [
         file for argument in arguments for file in (sorted(glob.glob(argument)) if "*" in argument else [argument])
@@ -332,9 +334,9 @@ def of_sanitizer(folder: Path, output: str) -> str:
     return found[-1]
 
 
-def of_results(benchmark: str) -> Callable[[Path, str], str]:
+def of_results(name: str) -> Callable[[Path, str], str]:
     """The headline of a benchmark's CSV."""
-    return lambda folder, output: readme_tables.headline(readme_tables.read_rows(folder), benchmark)
+    return lambda folder, output: readme_tables.headline(readme_tables.read_rows(folder, name))
 
 
 def last_line(folder: Path, output: str) -> str:
@@ -377,19 +379,20 @@ def parts_of(mode: str, cuda: bool, data_path: str) -> list[Part]:
     """The most important first."""
     device = "cuda" if cuda or mode == "gpu" else "cpu"
     needs = ["cuda"] if device == "cuda" else []
+    patience = 1 if mode == "gpu" else 6  # without a budget, and on a CPU
 
     def timed(script: str, *arguments: str, name: str = "", needs: Sequence[str] = needs, **options) -> Part:
-        flags = ["--device", device, "--time-budget", "{seconds}", "--output", f"{{out}}/{name or script}.csv"]
-        figure = of_results(script)
-        return benchmark(script, *flags, *arguments, name=name, needs=needs, figure=figure, **options)
+        file = f"{name or script}.csv"
+        flags = ["--device", device, "--time-budget", "{seconds}", "--output", f"{{out}}/{file}"]
+        return benchmark(script, *flags, *arguments, name=name, needs=needs, figure=of_results(file), **options)
 
     images = ["--data-path", data_path] if data_path else []
-    presets = timed("relation_loss", "--preset", "B", "S", "T", limit_s=150)
+    presets = timed("relation_loss", "--preset", "B", "S", "T", limit_s=150 * patience)
     sweeps = ["--preset", "B", "--sweep", "tokens", "batch", "head-dim", "dtype", "layout"]
     rest = [
         benchmark("tune_tiles", "--crossover", name="crossover", needs=["cuda"], figure=last_line),
-        timed("relation_loss", *sweeps, name="relation_loss_sweeps", limit_s=180),
-        timed("train_step", needs=[*needs, "module:timm"], limit_s=180),
+        timed("relation_loss", *sweeps, name="relation_loss_sweeps", limit_s=180 * patience),
+        timed("train_step", needs=[*needs, "module:timm"], limit_s=180 * patience),
         benchmark(
             "data_loading",
             *images,

@@ -151,9 +151,9 @@ def test_proof(states, found, wanted, tmp_path):
 
 def test_headline():
     rows = losses()
-    assert readme_tables.headline(rows, "relation_loss") == (
+    assert readme_tables.headline(rows) == (
         "ViT-B forward_backward: triton 2.00 ms, official 4.50x, compile 0.80x, chunked out of memory"
     )
-    assert readme_tables.headline([STEP], "train_step") == "L-B: triton 100 ms, 1280 images/s"
+    assert readme_tables.headline([STEP]) == "L-B: triton 100 ms, 1280 images/s"
     with pytest.raises(ValueError, match="no time of triton or chunked"):
-        readme_tables.headline([{**row, "step_ms": ""} for row in rows], "relation_loss")
+        readme_tables.headline([{**row, "step_ms": ""} for row in rows])

@@ -22,6 +22,15 @@ pid = os.fork()
 pathlib.Path(sys.argv[1], "worker" if pid == 0 else "leader").write_text(str(os.getpid()))
 time.sleep(60)
 """
+# Ends, its worker does not.
+LEAVES = """
+import os, pathlib, sys, time
+if os.fork() == 0:
+    pathlib.Path(sys.argv[1], "left").write_text(str(os.getpid()))
+    time.sleep(60)
+while not pathlib.Path(sys.argv[1], "left").exists():
+    time.sleep(0.01)
+"""
 
 
 def part(name, code, *arguments, **options):
@@ -44,10 +53,13 @@ def impatient(monkeypatch):
 
 def test_each_part_has_its_own_fate(tmp_path, capsys):
     out = tmp_path / "results" / "today"
+    out.mkdir(parents=True)
+    (out / "file").write_text("of an earlier run")
     parts = [
         part("fails", "print('why it failed'); raise SystemExit(3)"),
         part("crashes", "import os; os.abort()"),
         part("hangs", HANGS, tmp_path, limit_s=1.5, is_test=True),
+        part("leaves", LEAVES, tmp_path),
         part("needs_gpu", "", needs=["cuda"]),
         part("needs_package", "", needs=["module:no_such_package.part"]),
         part("needs_program", "", needs=["program:no-such-program"]),
@@ -57,13 +69,14 @@ def test_each_part_has_its_own_fate(tmp_path, capsys):
         part(
             "passes", "import os, tinymim_fast.errors; print(os.environ['TRITON_INTERPRET'])", figure=run_all.last_line
         ),
-        part("writes", "import sys; open(sys.argv[1], 'w').write(sys.argv[2])", "{out}/file", "{seconds}", limit_s=20),
+        part("writes", "import sys; open(sys.argv[1], 'x').write(sys.argv[2])", "{out}/file", "{seconds}", limit_s=20),
     ]
     results, stopped = run_all.run(parts, FOUND, out, 60)
     assert [(r.part, r.state, r.reason) for r in results] == [
         ("fails", "failed", "exit code 3"),
         ("crashes", "failed", "SIGABRT"),
         ("hangs", "failed", "no end after 2 s"),
+        ("leaves", "passed", ""),
         ("needs_gpu", "left out", "no CUDA device"),
         ("needs_package", "left out", "no_such_package.part is not installed"),
         ("needs_program", "left out", "no-such-program is neither on the PATH nor in CUDA_HOME"),
@@ -73,14 +86,14 @@ def test_each_part_has_its_own_fate(tmp_path, capsys):
         ("passes", "passed", ""),
         ("writes", "passed", ""),
     ]
-    assert stopped == 0 and results[9].figure == "0" and (out / "file").read_text() == "20"
-    assert not any(is_running((tmp_path / name).read_text()) for name in ("leader", "worker"))
+    assert stopped == 0 and results[10].figure == "0" and (out / "file").read_text() == "15"
+    assert not any(is_running((tmp_path / name).read_text()) for name in ("leader", "worker", "left"))
     assert "why it failed" in capsys.readouterr().out and "why it failed" in (out / "log.txt").read_text()
     summary = json.loads((out / "summary.json").read_text())
     assert summary["device"] == "a CPU" and [p["state"] for p in summary["parts"]] == [r.state for r in results]
     assert json.loads((out / "environment.json").read_text()) == FOUND
     lines = run_all.table(results).splitlines()
-    assert len(lines) == 12 and lines[1].split(maxsplit=3) == ["fails", "failed", lines[1].split()[2], "exit code 3"]
+    assert len(lines) == 13 and lines[1].split(maxsplit=3) == ["fails", "failed", lines[1].split()[2], "exit code 3"]
 
 
 def test_time_runs_out(tmp_path):
