@@ -165,7 +165,10 @@ def test_a_test_run_must_have_run_tests(tmp_path):
     assert (results[0].state, results[0].figure) == ("failed", "1 passed, 1 failed, 0 skipped")
 
 
-def test_sanitizer_says_that_it_looked():
+def test_sanitizer_says_that_it_looked(tmp_path):
+    refuses = part("memcheck", "print('Device not supported'); raise SystemExit(1)", figure=run_all.of_sanitizer)
+    results, _ = run_all.run([refuses], FOUND, tmp_path, 60)
+    assert (results[0].state, results[0].reason) == ("left out", "compute-sanitizer: Device not supported")
     assert run_all.of_sanitizer(Path(), "x\n========= ERROR SUMMARY: 0 errors\n") == "0 errors"
     with pytest.raises(run_all.Unproven):
         run_all.of_sanitizer(
