@@ -6,10 +6,10 @@ READY  := $(VENV)/.ready
 BIN    := $(VENV)/bin
 
 # gpu and readme-tables install nothing: they take .venv where it is ready, else PYTHON with what it has. OUT=DIR picks the
-# folder of the results, DATA_PATH=DIR real images for the loading benchmark.
+# folder of the results, DATA_PATH=DIR real images for the loading benchmark, PARTS="NAME ..." some parts of the summary.
 AS_IS       := $(if $(wildcard $(READY)),$(BIN)/python,$(PYTHON))
 GPU_MINUTES ?= 9
-RUN_ALL     := benchmarks/run_all.py $(if $(OUT),--output $(OUT)) $(if $(DATA_PATH),--data-path $(DATA_PATH))
+OPTIONS     := $(if $(OUT),--output $(OUT)) $(if $(DATA_PATH),--data-path $(DATA_PATH)) $(if $(PARTS),--parts $(PARTS))
 
 .PHONY: demo test lint format bench gpu readme-tables clean
 
@@ -34,10 +34,10 @@ format: $(READY)
 	$(BIN)/ruff format .
 
 bench: $(READY)
-	$(BIN)/python $(RUN_ALL) bench
+	$(BIN)/python benchmarks/run_all.py bench $(OPTIONS)
 
 gpu:
-	$(AS_IS) $(RUN_ALL) --minutes $(GPU_MINUTES) gpu
+	$(AS_IS) benchmarks/run_all.py gpu --minutes $(GPU_MINUTES) $(OPTIONS)
 
 readme-tables:
 	$(AS_IS) benchmarks/readme_tables.py

@@ -198,7 +198,7 @@ def run(parts: Sequence[Part], found: dict, folder: Path, seconds: float) -> tup
     """Runs the parts in order within `seconds`; their results, and the signal that stopped them or 0."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "environment.json").write_text(json.dumps(found, indent=1) + "\n")
-    (folder / "log.txt").write_bytes(b"")
+    earlier = earlier_parts(folder, found)
     deadline = time.monotonic() + seconds
     results: list[Result] = []
     signals: list[int] = []
@@ -219,7 +219,7 @@ def run(parts: Sequence[Part], found: dict, folder: Path, seconds: float) -> tup
                 result = run_part(part, folder, left, signals)
                 print(f"    {result.state} in {result.seconds:.0f} s  {result.reason or result.figure}", flush=True)
             results.append(result)
-            write_summary(folder, results, found)
+            write_summary(folder, results, found, earlier)
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
@@ -295,16 +295,31 @@ def _end(process: subprocess.Popen) -> None:
                 process.wait(timeout=GRACE_S)
 
 
-def write_summary(folder: Path, results: list[Result], found: dict) -> None:
+def earlier_parts(folder: Path, found: dict) -> dict[str, dict]:
+    """Parts of the summary that an earlier run of the same code left in the folder."""
+    path = folder / "summary.json"
+    summary = json.loads(path.read_text()) if path.exists() else {}
+    same = summary.get("sources_sha256") == found["sources_sha256"] and summary["device"] == _device(found)
+    return {part["part"]: part for part in summary["parts"]} if same else {}
+
+
+def write_summary(folder: Path, results: list[Result], found: dict, earlier: dict[str, dict]) -> None:
+    """What was left out this time stands as it did earlier."""
+    parts = {**earlier, **{r.part: asdict(r) for r in results if r.state != "left out" or r.part not in earlier}}
     whole = {
-        "device": found.get("gpu") or found["cpu"],
+        "device": _device(found),
         "date": found["date"],
         "commit": found["commit"],
-        "parts": [asdict(r) for r in results],
+        "sources_sha256": found["sources_sha256"],
+        "parts": list(parts.values()),
     }
     unfinished = folder / "summary.json.tmp"
     unfinished.write_text(json.dumps(whole, indent=1) + "\n")
     unfinished.replace(folder / "summary.json")
+
+
+def _device(found: dict) -> str:
+    return found.get("gpu") or found["cpu"]
 
 
 def table(results: list[Result]) -> str:
@@ -454,7 +469,10 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("mode", choices=["gpu", "bench"])
     parser.add_argument("--minutes", type=float, default=float("inf"), help="for everything; no limit if not given")
-    parser.add_argument("--output", type=Path, help="folder of the results")
+    parser.add_argument("--parts", nargs="+", metavar="PART", help="of the summary; all if not given")
+    parser.add_argument(
+        "--output", type=Path, help="folder of the results; what it has of the same code stays in the summary"
+    )
     parser.add_argument("--data-path", default="", help="image folder for data_loading, which draws one if not given")
     return parser.parse_args()
 
@@ -464,7 +482,11 @@ def main() -> None:
     found = environment()
     folder = (args.output or default_folder(args.mode, found)).resolve()
     print(f"{found.get('gpu') or found['no_cuda_because']}; results go to {os.path.relpath(folder)}", flush=True)
-    results, stopped = run(parts_of(args.mode, found["cuda"], args.data_path), found, folder, 60 * args.minutes)
+    parts = {part.name: part for part in parts_of(args.mode, found["cuda"], args.data_path)}
+    if unknown := set(args.parts or []) - parts.keys():
+        sys.exit(f"--parts: got {' '.join(sorted(unknown))}, want any of {' '.join(parts)}")
+    wanted = [parts[name] for name in parts if name in (args.parts or parts)]
+    results, stopped = run(wanted, found, folder, 60 * args.minutes)
     print(f"\n{table(results)}\n\nwritten to {os.path.relpath(folder)}")
     sys.exit(128 + stopped if stopped else any(result.state == "failed" for result in results))
 

@@ -13,7 +13,14 @@ import pytest
 import run_all
 
 ROOT = Path(__file__).parent.parent.parent
-FOUND = {"cuda": False, "no_cuda_because": "no CUDA device", "cpu": "a CPU", "date": "2026-01-02", "commit": "abc"}
+FOUND = {
+    "cuda": False,
+    "no_cuda_because": "no CUDA device",
+    "cpu": "a CPU",
+    "date": "2026-01-02",
+    "commit": "abc",
+    "sources_sha256": "1",
+}
 # Ignores the request to stop and has a worker; both write their process ids.
 HANGS = """
 import os, pathlib, signal, sys, time
@@ -108,6 +115,19 @@ def test_time_runs_out(tmp_path):
     ]
     results, _ = run_all.run([part("test", "import time; time.sleep(60)", is_test=True)], FOUND, tmp_path, 0.5)
     assert results[0].state == "failed"  # a test that does not end proves nothing
+
+
+def test_a_second_run_of_the_same_code_continues(tmp_path):
+    def states():
+        parts = json.loads((tmp_path / "summary.json").read_text())["parts"]
+        return {part["part"]: part["state"] for part in parts}
+
+    run_all.run([part("a", ""), part("b", "raise SystemExit(1)"), part("c", "", needs=["cuda"])], FOUND, tmp_path, 60)
+    assert states() == {"a": "passed", "b": "failed", "c": "left out"}
+    run_all.run([part("a", "", needs=["cuda"]), part("b", "")], FOUND, tmp_path, 60)
+    assert states() == {"a": "passed", "b": "passed", "c": "left out"}
+    run_all.run([part("a", "", needs=["cuda"])], {**FOUND, "sources_sha256": "2"}, tmp_path, 60)
+    assert states() == {"a": "left out"}
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
