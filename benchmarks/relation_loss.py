@@ -432,8 +432,8 @@ def ratios_to_peers(rows: Sequence[Row]) -> dict[str, float]:
 
 
 def significant(value: float) -> str:
-    """Four digits, without an exponent."""
-    return f"{value:.{max(0, 3 - math.floor(math.log10(value)))}f}" if value > 0 else "0"
+    """Four digits."""
+    return f"{value:.{max(0, 3 - math.floor(math.log10(value)))}f}" if value >= 1e-3 else f"{value:.1e}"
 
 
 # Of the table: title, field of a row, how to print it.
