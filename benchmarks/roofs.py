@@ -85,9 +85,6 @@ class Rates:
 
 # By a part of torch.cuda.get_device_name; a GPU that is not here brings its own clock.
 GPUS = {
-    "NVIDIA B200": Gpu(
-        num_sms=148, clock_mhz=1965, memory_gb_per_s=8000, bf16_tflop_per_s=2250, source="HGX B200 data sheet"
-    ),
     "NVIDIA H200": Gpu(
         num_sms=132, clock_mhz=1980, memory_gb_per_s=4800, bf16_tflop_per_s=989.4, source="H200 data sheet"
     ),
