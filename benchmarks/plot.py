@@ -246,7 +246,7 @@ def high(cluster: Sequence[float], gap: float) -> float:
 
 def blank(rows: Rows, *, width: float, height: float, num_axes: int, fixed_but: str) -> tuple[Figure, list[Axes]]:
     """A figure with what is the same in all rows above, and machine and versions below."""
-    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
+    figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     figure.get_layout_engine().set(rect=(0.005, 0.24 / height, 0.99, 1 - 0.78 / height))
     all_axes = [figure.add_subplot(1, num_axes, i + 1) for i in range(num_axes)]

@@ -324,13 +324,14 @@ def measure(
                 columns[name]["peak_extra_mib"] = harness.peak_extra_mib(step, device)
                 steps[name] = step
             else:
-                allowed = oracle.loss_error, oracle.grad_error
-                columns[name].update(status=harness.FAILED_GATE, detail=f"plain PyTorch's errors are {allowed}")
+                plain = oracle.loss_error, oracle.grad_error
+                found, allowed = (", ".join(f"{e:.1e}" for e in pair if e is not None) for pair in (errors, plain))
+                columns[name].update(
+                    status=harness.FAILED_GATE, detail=f"errors {found}; plain PyTorch's are {allowed}"
+                )
         except Exception as error:
             columns[name] = failure(error)
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        release(device)
 
     while steps:
         try:
@@ -338,11 +339,19 @@ def measure(
         except harness.StepError as error:
             columns[error.name] = failure(error.__cause__)
             del steps[error.name]
+            release(device)
             continue
         for name in steps:
             columns[name].update(status=harness.OK, **times[name].columns())
         break
     return [make_row(point, name, columns[name], rates) for name in providers]
+
+
+def release(device: torch.device) -> None:
+    """Give back what a failed or a finished provider left, so that the next one finds the memory as the first did."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def failure(error: BaseException) -> dict[str, str]:
@@ -423,8 +432,8 @@ def ratios_to_peers(rows: Sequence[Row]) -> dict[str, float]:
 
 
 def significant(value: float) -> str:
-    """Four digits, without an exponent."""
-    return f"{value:.{max(0, 3 - math.floor(math.log10(value)))}f}" if value > 0 else "0"
+    """Four digits."""
+    return f"{value:.{max(0, 3 - math.floor(math.log10(value)))}f}" if value >= 1e-3 else f"{value:.1e}"
 
 
 # Of the table: title, field of a row, how to print it.

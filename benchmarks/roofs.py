@@ -83,14 +83,15 @@ class Rates:
         )
 
 
-# By a part of torch.cuda.get_device_name, the more special name first.
+# By a part of torch.cuda.get_device_name; a GPU that is not here brings its own clock.
 GPUS = {
-    "B200": Gpu(num_sms=148, clock_mhz=1965, memory_gb_per_s=8000, bf16_tflop_per_s=2250, source="HGX B200 data sheet"),
-    "H200": Gpu(num_sms=132, clock_mhz=1980, memory_gb_per_s=4800, bf16_tflop_per_s=989.4, source="H200 data sheet"),
+    "NVIDIA H200": Gpu(
+        num_sms=132, clock_mhz=1980, memory_gb_per_s=4800, bf16_tflop_per_s=989.4, source="H200 data sheet"
+    ),
     "H100 PCIe": Gpu(
         num_sms=114, clock_mhz=1755, memory_gb_per_s=2000, bf16_tflop_per_s=756, source="H100 PCIe data sheet"
     ),
-    "H100": Gpu(
+    "H100 80GB HBM3": Gpu(
         num_sms=132, clock_mhz=1980, memory_gb_per_s=3350, bf16_tflop_per_s=989.4, source="H100 SXM data sheet"
     ),
     "A100-SXM4-80GB": Gpu(
