@@ -158,7 +158,9 @@ def device_section(losses: list[Row], steps: list[Row]) -> str:
             f" Step: images/s of whole distillation steps on random images, {step['dtype']}, batch {step['batch_size']}, {models}; "
             f"{step['date']}, commit {step['commit']}: `python benchmarks/train_step.py`."
         )
-    return "\n".join([textwrap.fill(how, 160, break_long_words=False, break_on_hyphens=False), "", *lines])
+    how = how.replace("`python ", "`python\u00a0")  # commands stay on one line
+    how = textwrap.fill(how, 160, break_long_words=False, break_on_hyphens=False).replace("\u00a0", " ")
+    return "\n".join([how, "", *lines])
 
 
 def _cell(provider: str, rows: dict[str, Row], unit: str) -> str:
