@@ -36,6 +36,9 @@ FREE_ON_RESUME = frozenset(
         "resume",
         "tensorboard",
         "loss_backend",
+        "train_micro_batch_size_per_gpu",
+        "gradient_accumulation_steps",
+        "zero_stage",
         "deepspeed_config",
     ]
 )

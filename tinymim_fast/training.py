@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import torch
 import yaml
 from torch import nn
@@ -128,10 +129,10 @@ def train(config: RunConfig, world: World, build_task: Callable[[Any, World, Pat
     ) as loader:
         steps_per_epoch = loader.steps_per_epoch
         engine = Engine(task.model, config, world, lr_schedule(config, steps_per_epoch))
-        torch.manual_seed(config.seed + 1 + world.rank)  # drop path and masks differ between ranks
         start_step = 0
+        engines.seed_rank(config.seed, start_step, world.rank)
         if checkpoint is not None:
-            start_step = engine.load(checkpoint)["step"]
+            start_step = engine.load(checkpoint)
             logger.info("continuing from %s", checkpoint)
         world.broadcast(lambda: _prepare_folder(output_dir, config, ds_config, index))
         run = Run(config, world, task, engine, steps_per_epoch, accum, start_step)
@@ -360,20 +361,25 @@ class Run:
         began = time.perf_counter()
         self._look()  # a checkpoint after a bad loss would not be a good one
         folder = self.output_dir / "checkpoints"
-        final, temporary = folder / f"step_{self.step:08d}", folder / f"tmp_step_{self.step:08d}"
-        state = self.task.weights(self.engine.trained_state())
-        broken = [name for name, tensor in state.items() if not tensor.isfinite().all()]
+        weights = self.task.weights(self.engine.trained_state())
+        broken = [name for name, tensor in weights.items() if not tensor.isfinite().all()]
         if broken:
             self._fail(f"{broken[0]} is not finite after step {self.step}")
+        state = self.engine.optimizer_state()
+        info = replace(self.task.info, step=self.step, epoch=self.step / self.steps_per_epoch)
+        final, temporary = folder / f"step_{self.step:08d}", folder / f"tmp_step_{self.step:08d}"
+
+        def write() -> None:
+            temporary.mkdir()
+            save_weights(temporary, weights, info)
+            engines.save_state(temporary, state, self.step)
+            os.rename(temporary, final)
+            for old in sorted(folder.glob("step_*"))[: -self.config.checkpoint_hist]:
+                shutil.rmtree(old)
+
         try:
-            self.world.broadcast(temporary.mkdir)
-            self.engine.save(temporary, {"step": self.step})
-            if self.world.is_main:
-                epoch = self.step / self.steps_per_epoch
-                save_weights(temporary, state, replace(self.task.info, step=self.step, epoch=epoch))
-            self.world.barrier()
-            self.world.broadcast(lambda: self._publish(temporary, final))
-        except (OSError, RuntimeError) as error:
+            self.world.broadcast(write)  # an error of rank 0 is everyone's
+        except (OSError, RuntimeError, safetensors.SafetensorError) as error:
             if self.world.is_main:
                 shutil.rmtree(temporary, ignore_errors=True)
             free_mib = shutil.disk_usage(self.output_dir).free >> 20  # PyTorch reports a full disk as "unexpected pos"
@@ -385,8 +391,3 @@ class Run:
         self.last_saved = self.step
         self.saved_at = time.monotonic()
         self.began += time.perf_counter() - began  # saving is not training
-
-    def _publish(self, temporary: Path, final: Path) -> None:
-        os.rename(temporary, final)
-        for old in sorted(final.parent.glob("step_*"))[: -self.config.checkpoint_hist]:
-            shutil.rmtree(old)
