@@ -288,7 +288,9 @@ class Engine:
     def _start_at(self, step: int) -> None:
         """Schedule and moments, zero, of an optimizer that took `step` steps."""
         scheduler, lr = self._engine.lr_scheduler, self._lr_at(step)
-        scheduler.load_state_dict({**scheduler.state_dict(), "last_epoch": step, "_last_lr": [lr] * len(scheduler.base_lrs)})
+        scheduler.load_state_dict(
+            {**scheduler.state_dict(), "last_epoch": step, "_last_lr": [lr] * len(scheduler.base_lrs)}
+        )
         self._engine.global_steps = step
         for group in self._adamw.param_groups:
             group["lr"] = lr
