@@ -58,7 +58,7 @@ def train_and_record(world: engine.World, records: Path | None, stop_at: int, fl
             return
 
 
-class patched:  # noqa: N801
+class patched:
     """Attributes of an object, replaced within a with block."""
 
     def __init__(self, target, **new):
