@@ -1,0 +1,138 @@
+"""What a file's first and last bytes tell of an image, and decoding to RGB with PIL."""
+
+from __future__ import annotations
+
+import os
+from enum import IntFlag
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from tinymim_fast.data.errors import ImageError
+
+_FORMATS = {
+    ".jpg": "JPEG",
+    ".jpeg": "JPEG",
+    ".png": "PNG",
+    ".ppm": "PPM",
+    ".bmp": "BMP",
+    ".pgm": "PPM",
+    ".tif": "TIFF",
+    ".tiff": "TIFF",
+    ".webp": "WEBP",
+}
+IMG_EXTENSIONS = tuple(_FORMATS)  # torchvision's
+_PNG_END = b"IEND\xaeB`\x82"
+
+
+class Verdict(IntFlag):
+    """What is wrong or odd about a file; 0 for nothing. Files of DAMAGED are left out, the others are trained on."""
+
+    UNREADABLE = 1  # the system gives no bytes
+    EMPTY = 2
+    NON_IMAGE = 4
+    TRUNCATED = 8
+    HUGE = 16  # more pixels than PIL decodes
+    CMYK = 32
+    GREYSCALE = 64
+    SIXTEEN_BIT = 128
+    MISNAMED = 256  # such as a PNG called .JPEG
+    DAMAGED = UNREADABLE | EMPTY | NON_IMAGE | TRUNCATED | HUGE
+
+
+class Header(NamedTuple):
+    """One file: size in pixels (0 where unknown) and in bytes, PIL's format and mode, `Verdict`, and why DAMAGED."""
+
+    height: int = 0
+    width: int = 0
+    num_bytes: int = 0
+    format: str = ""
+    mode: str = ""
+    verdict: int = 0
+    reason: str = ""
+
+
+def inspect_path(path: str) -> Header:
+    """`inspect` of a file by its path."""
+    try:
+        with open(path, "rb") as file:
+            return inspect(file, path)
+    except OSError as error:
+        return Header(verdict=int(Verdict.UNREADABLE), reason=error.strerror or str(error))
+
+
+def inspect(file: BinaryIO, name: str) -> Header:
+    """Read the header and the last bytes of an image file.
+
+    A JPEG or PNG that does not end with its end-of-image marker is decoded: it is TRUNCATED where PIL says so.
+    Truncation of other formats, and damage between the first and the last bytes, are not seen here.
+
+    Args:
+        file: opened, seekable.
+        name: its file name, for its ending.
+    """
+    num_bytes = file.seek(0, os.SEEK_END)
+    if num_bytes == 0:
+        return Header(verdict=int(Verdict.EMPTY), reason="empty file")
+    file.seek(0)
+    try:
+        with Image.open(file) as image:
+            height, width, mode = image.height, image.width, image.mode
+            format = "JPEG" if image.format == "MPO" else image.format  # a JPEG with more pictures behind it
+            is_deep = mode.startswith("I") or ";16" in str(image.tile)
+    except Image.DecompressionBombError:
+        limit = f"more than {2 * Image.MAX_IMAGE_PIXELS:,} pixels"
+        return Header(num_bytes=num_bytes, verdict=int(Verdict.HUGE), reason=limit)
+    except UnidentifiedImageError:
+        return Header(num_bytes=num_bytes, verdict=int(Verdict.NON_IMAGE), reason="not an image")
+    except Exception as error:  # PIL's readers raise anything on damaged files
+        return Header(num_bytes=num_bytes, verdict=int(Verdict.NON_IMAGE), reason=_say(error))
+    header = Header(height, width, num_bytes, format, mode)
+    end = {"JPEG": b"\xff\xd9", "PNG": _PNG_END}.get(format, b"")
+    file.seek(-len(end), os.SEEK_END)
+    if file.read() != end:  # it is missing, or something follows it
+        try:
+            file.seek(0)
+            if format == "PNG" and end not in file.read():  # PIL does not miss it, other decoders do
+                raise OSError("image file is truncated")
+            file.seek(0)
+            with Image.open(file) as image:
+                image.load()
+        except Exception as error:
+            return header._replace(verdict=int(Verdict.TRUNCATED), reason=_say(error))
+    verdict = Verdict(0)
+    if is_deep:
+        verdict |= Verdict.SIXTEEN_BIT
+    if mode == "CMYK":
+        verdict |= Verdict.CMYK
+    if mode in ("1", "L", "LA", "La") or mode.startswith("I"):
+        verdict |= Verdict.GREYSCALE
+    if _FORMATS.get(os.path.splitext(name)[1].lower()) != format:
+        verdict |= Verdict.MISNAMED
+    return header._replace(verdict=int(verdict))
+
+
+def decode_rgb(file: str | BinaryIO, name: str) -> Image.Image:
+    """Decode an image to RGB of 8 bits.
+
+    Args:
+        file: a path or an opened file.
+        name: for the message.
+
+    Raises:
+        ImageError: it can't be decoded; names it.
+    """
+    try:
+        with Image.open(file) as image:
+            if image.mode.startswith("I"):  # PIL clips 16-bit grey levels at 255 instead of scaling them
+                return Image.fromarray(np.rint(np.asarray(image) / 257).clip(0, 255).astype(np.uint8)).convert("RGB")
+            return image.convert("RGB")
+    except Exception as error:
+        reason = _say(error)
+        raise ImageError(f"got {name}, which can't be decoded: {reason}; replace or remove it", reason) from error
+
+
+def _say(error: Exception) -> str:
+    """One line without the name of a Python object."""
+    return " ".join((getattr(error, "strerror", None) or str(error) or type(error).__name__).split())
