@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tinymim_fast.data import DataError, ImageIndex, scan_images
+from tinymim_fast.data import DataError, ImageIndex, find_images, scan_images
 
 
 def write_image(path, height=8, width=12, **options):
@@ -101,16 +101,16 @@ def test_broken_headers_are_left_out_and_named(folder, caplog):
     (folder / "a" / "broken.jpg").write_bytes(b"no picture")
     (folder / "b" / "hollow.jpg").write_bytes(b"")
     with caplog.at_level(logging.WARNING):
-        index = scan_images(folder)
-    assert index.damaged == {"a/broken.jpg": "not an image", "b/hollow.jpg": "empty file"} and len(index) == 3
-    assert "left out 2 of 5 images: a/broken.jpg (not an image), b/hollow.jpg (empty file)" in caplog.text
+        index = find_images(folder)
+    assert index.damaged == {"a/broken.jpg": "non-image", "b/hollow.jpg": "empty"} and len(index) == 3
+    assert "left out 2 of 5 images: a/broken.jpg (non-image), b/hollow.jpg (empty)" in caplog.text
 
 
 def test_only_broken_headers(tmp_path):
     (tmp_path / "a").mkdir()
     for i in range(12):
         (tmp_path / "a" / f"{i:02}.jpg").write_bytes(b"no picture")
-    with pytest.raises(DataError, match=r"no image is readable: a/00\.jpg .*a/09\.jpg \(not an image\) and 2 more"):
+    with pytest.raises(DataError, match=r"no image is readable: a/00\.jpg .*a/09\.jpg \(non-image\) and 2 more"):
         scan_images(tmp_path)
 
 

@@ -40,9 +40,13 @@ class Verdict(IntFlag):
     MISNAMED = 256  # such as a PNG called .JPEG
     DAMAGED = UNREADABLE | EMPTY | NON_IMAGE | TRUNCATED | HUGE
 
+    @property
+    def title(self) -> str:
+        return self.name.lower().replace("_", "-")
+
 
 class Header(NamedTuple):
-    """One file: size in pixels (0 where unknown) and in bytes, PIL's format and mode, `Verdict`, and why DAMAGED."""
+    """One file: size in pixels (0 where unknown) and in bytes, PIL's format and mode, `Verdict`, and why it is DAMAGED."""
 
     height: int = 0
     width: int = 0
@@ -59,7 +63,7 @@ def inspect_path(path: str) -> Header:
         with open(path, "rb") as file:
             return inspect(file, path)
     except OSError as error:
-        return Header(verdict=int(Verdict.UNREADABLE), reason=error.strerror or str(error))
+        return _damaged(Verdict.UNREADABLE, _say(error))
 
 
 def inspect(file: BinaryIO, name: str) -> Header:
@@ -74,7 +78,7 @@ def inspect(file: BinaryIO, name: str) -> Header:
     """
     num_bytes = file.seek(0, os.SEEK_END)
     if num_bytes == 0:
-        return Header(verdict=int(Verdict.EMPTY), reason="empty file")
+        return _damaged(Verdict.EMPTY)
     file.seek(0)
     try:
         with Image.open(file) as image:
@@ -82,13 +86,11 @@ def inspect(file: BinaryIO, name: str) -> Header:
             format = "JPEG" if image.format == "MPO" else image.format  # a JPEG with more pictures behind it
             is_deep = mode.startswith("I") or ";16" in str(image.tile)
     except Image.DecompressionBombError:
-        limit = f"more than {2 * Image.MAX_IMAGE_PIXELS:,} pixels"
-        return Header(num_bytes=num_bytes, verdict=int(Verdict.HUGE), reason=limit)
+        return _damaged(Verdict.HUGE, f"more than {2 * Image.MAX_IMAGE_PIXELS:,} pixels")
     except UnidentifiedImageError:
-        return Header(num_bytes=num_bytes, verdict=int(Verdict.NON_IMAGE), reason="not an image")
+        return _damaged(Verdict.NON_IMAGE)
     except Exception as error:  # PIL's readers raise anything on damaged files
-        return Header(num_bytes=num_bytes, verdict=int(Verdict.NON_IMAGE), reason=_say(error))
-    header = Header(height, width, num_bytes, format, mode)
+        return _damaged(Verdict.NON_IMAGE, _say(error))
     end = {"JPEG": b"\xff\xd9", "PNG": _PNG_END}.get(format, b"")
     file.seek(-len(end), os.SEEK_END)
     if file.read() != end:  # it is missing, or something follows it
@@ -100,7 +102,7 @@ def inspect(file: BinaryIO, name: str) -> Header:
             with Image.open(file) as image:
                 image.load()
         except Exception as error:
-            return header._replace(verdict=int(Verdict.TRUNCATED), reason=_say(error))
+            return _damaged(Verdict.TRUNCATED, _say(error))
     verdict = Verdict(0)
     if is_deep:
         verdict |= Verdict.SIXTEEN_BIT
@@ -110,7 +112,11 @@ def inspect(file: BinaryIO, name: str) -> Header:
         verdict |= Verdict.GREYSCALE
     if _FORMATS.get(os.path.splitext(name)[1].lower()) != format:
         verdict |= Verdict.MISNAMED
-    return header._replace(verdict=int(verdict))
+    return Header(height, width, num_bytes, format, mode, int(verdict))
+
+
+def _damaged(verdict: Verdict, detail: str = "") -> Header:
+    return Header(verdict=int(verdict), reason=f"{verdict.title}: {detail}" if detail else verdict.title)
 
 
 def decode_rgb(file: str | BinaryIO, name: str) -> Image.Image:

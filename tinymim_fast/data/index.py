@@ -43,10 +43,11 @@ class ImageIndex:
         sizes: (n, 2) int32, stored height and width in pixels. EXIF orientation is not applied, as in
             torchvision's ImageFolder.
         damaged: names that were left out, with the reason.
+        num_bytes: (n,) int64, size of the stored files.
         verdicts: (n,) int16 of `Verdict`, what is odd about them.
         formats, modes: (n,) str, PIL's.
         shards: names of the tar files, relative to `root`; none for a folder.
-        spans: (n, 3) int64, shard, and position and size of the image in it in bytes; (n, 0) for a folder.
+        spans: (n, 2) int64, shard and position in it in bytes; None for a folder.
         stamps: modification times, in ns, of the class folders or shards when they were scanned.
     """
 
@@ -56,6 +57,7 @@ class ImageIndex:
     class_names: tuple[str, ...]
     sizes: np.ndarray
     damaged: dict[str, str] = field(default_factory=dict)
+    num_bytes: np.ndarray | None = None
     verdicts: np.ndarray | None = None
     formats: np.ndarray | None = None
     modes: np.ndarray | None = None
@@ -78,12 +80,15 @@ class ImageIndex:
         return os.path.join(self.root, self.paths[sample_id])
 
     def encoded(self, sample_id: int) -> np.ndarray:
-        """(bytes,) uint8, the stored file of a sample in a shard, read-only and without a copy.
+        """(bytes,) uint8, the stored file of a sample; of a shard, read-only and without a copy.
 
         Raises:
             DataError: the shard is missing or truncated; names it.
+            OSError: the file can't be read.
         """
-        return self._maps.view(*self.spans[sample_id].tolist())
+        if self.shards:
+            return self._maps.view(*self.spans[sample_id].tolist(), int(self.num_bytes[sample_id]))
+        return np.fromfile(self.file(sample_id), dtype=np.uint8)
 
     @cached_property
     def _maps(self) -> ShardMaps:
@@ -140,7 +145,7 @@ def save_indexes(path: str | Path, splits: dict[str, ImageIndex], *, home: Path)
             "stamped": _pack(index.stamps),
             "stamps": np.array(list(index.stamps.values()), dtype=np.int64),
         }
-        for name in ("verdicts", "formats", "modes", "spans"):
+        for name in ("num_bytes", "verdicts", "formats", "modes", "spans"):
             if getattr(index, name) is not None:
                 own[name] = getattr(index, name)
         arrays |= {f"{split}/{name}": array for name, array in own.items()}
@@ -222,8 +227,13 @@ def find_images(path: str | Path, *, split: str = "train", workers: int = 8) -> 
         when = time.strftime("%Y-%m-%d %H:%M", time.localtime(file.stat().st_mtime))
         log.info("%s: %d images, scanned %s", file, len(index), when)
         _check_stamps(index, file)
-        return index
-    return scan_images(path, split=split, workers=workers)
+        break
+    else:
+        index = scan_images(path, split=split, workers=workers)
+    if index.damaged:
+        named = _with_reasons(index.damaged)
+        log.warning("%s: left out %d of %d images: %s", index.root, len(index.damaged), index.num_listed, named)
+    return index
 
 
 def _check_stamps(index: ImageIndex, file: Path) -> None:
@@ -261,7 +271,7 @@ def scan_images(
         progress: wraps the parts of the work, as tqdm does.
 
     Returns:
-        The index. Files that can't be decoded are left out, logged, and listed in `damaged`.
+        The index. Files that can't be decoded are left out and listed in `damaged`.
 
     Raises:
         DataError: no such folder, nothing in it, no images in it, no readable image in it, or a damaged shard.
@@ -281,14 +291,6 @@ def scan_images(
         index = _scan_folder(root, workers, progress)
     if not index.paths:
         raise DataError(f"got {root}, where no image is readable: {_with_reasons(index.damaged)}")
-    if index.damaged:
-        log.warning(
-            "%s: left out %d of %d images: %s",
-            root,
-            len(index.damaged),
-            index.num_listed,
-            _with_reasons(index.damaged),
-        )
     return index
 
 
@@ -311,7 +313,7 @@ def _scan_folder(root: Path, workers: int, progress: Progress | None) -> ImageIn
         [os.path.join(root, path) for path in paths[i : i + _FILES_PER_TASK]]
         for i in range(0, len(paths), _FILES_PER_TASK)
     ]
-    headers = [header for part in _in_parallel(_inspect_all, parts, workers, progress) for header in part]
+    headers = [header for part in in_parallel(_inspect_all, parts, workers, progress) for header in part]
     folders = class_names if os.path.dirname(paths[0]) else ["."]
     return _build(
         root,
@@ -325,7 +327,7 @@ def _scan_folder(root: Path, workers: int, progress: Progress | None) -> ImageIn
 
 def _scan_shards(root: Path, files: list[Path], workers: int, progress: Progress | None) -> ImageIndex:
     found: list[tuple[int, Sample]] = []
-    for shard, samples in enumerate(_in_parallel(read_shard, [str(file) for file in files], workers, progress)):
+    for shard, samples in enumerate(in_parallel(read_shard, [str(file) for file in files], workers, progress)):
         found += [(shard, sample) for sample in samples]
     if not found:
         raise DataError(f"got {root}, whose shards have no images; want <key>.jpg and <key>.cls in them")
@@ -347,7 +349,7 @@ def _scan_shards(root: Path, files: list[Path], workers: int, progress: Progress
         headers,
         stamps={file.name: _stamp(file) for file in files},
         shards=tuple(file.name for file in files),
-        spans=np.array([(shard, s.offset, s.header.num_bytes) for shard, s in found], dtype=np.int64),
+        spans=np.array([(shard, s.offset) for shard, s in found], dtype=np.int64),
     )
 
 
@@ -362,6 +364,7 @@ def _build(root, class_names, names, labels, headers: list[Header], *, spans=Non
         class_names=tuple(class_names),
         sizes=np.array([headers[i][:2] for i in kept], dtype=np.int32).reshape(-1, 2),
         damaged={names[i]: headers[i].reason for i in np.flatnonzero(is_damaged)},
+        num_bytes=np.array([headers[i].num_bytes for i in kept], dtype=np.int64),
         verdicts=verdicts[kept],
         formats=np.array([headers[i].format for i in kept], dtype=str),
         modes=np.array([headers[i].mode for i in kept], dtype=str),
@@ -373,7 +376,7 @@ def _build(root, class_names, names, labels, headers: list[Header], *, spans=Non
 Part, Result = TypeVar("Part"), TypeVar("Result")
 
 
-def _in_parallel(
+def in_parallel(
     work: Callable[[Part], Result], parts: list[Part], workers: int, progress: Progress | None
 ) -> Iterator[Result]:
     """`work` of each part, in order, in processes: PIL's parsing of headers holds Python's lock."""

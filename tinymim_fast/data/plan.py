@@ -79,9 +79,7 @@ class TrainPlan:
         return np.array([self._replace(i, number) if i in self.bad else i for i in sample_ids.tolist()], dtype=np.int64)
 
     def _replace(self, sample_id: int, number: int) -> int:
-        draws = draw_replacements(
-            sample_id, len(self.index), _REPLACEMENTS, seed=self.seed, epoch=self._epoch(number)
-        )
+        draws = draw_replacements(sample_id, len(self.index), _REPLACEMENTS, seed=self.seed, epoch=self._epoch(number))
         for other in draws:
             if other not in self.bad:
                 return other

@@ -110,7 +110,9 @@ class ShardMaps:
             with open(self._path(shard), "rb") as file:
                 return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), dtype=np.uint8)
         except (OSError, ValueError) as error:  # ValueError: an empty file
-            raise DataError(f"got shard {self._path(shard)}, which can't be read: {error}; copy or pack it again") from error
+            raise DataError(
+                f"got shard {self._path(shard)}, which can't be read: {error}; copy or pack it again"
+            ) from error
 
 
 def find_shards(folder: Path) -> dict[str, list[Path]]:
