@@ -257,8 +257,8 @@ class Engine:
             state.update({f"random_{kind}.{rank}": tensor for kind, tensor in random.items()})
         return state
 
-    def load(self, folder: Path) -> int:
-        """Take over what `save_state` wrote; returns the optimizer step. Collective.
+    def load(self, folder: Path) -> dict[str, Any]:
+        """Take over what `save_state` wrote; returns its `client_state`. Collective.
 
         The weights are not in it: the model that the engine was made of must hold them. Random states are restored where the
         number of ranks and the kind of device are those of saving; else they are drawn from (seed, step, rank).
@@ -269,8 +269,8 @@ class Engine:
         path = folder / STATE
         try:
             with safetensors.safe_open(path, framework="pt") as file:
-                step = int(file.metadata()["step"])
-                self._start_at(step)
+                client_state = json.loads(file.metadata()["client_state"])
+                self._start_at(client_state["step"])
                 for name, parameter in self._trained.items():
                     for moment in MOMENTS:
                         value = file.get_tensor(f"{moment}.{name}")
@@ -282,8 +282,8 @@ class Engine:
                 random = {key: file.get_tensor(key) for key in file.keys() if key.startswith("random_")}  # noqa: SIM118
         except (OSError, safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
             raise InputError(f"{path}: can't be continued from: {error}") from error
-        self._restore_random_states(random, step)
-        return step
+        self._restore_random_states(random, client_state["step"])
+        return client_state
 
     def _start_at(self, step: int) -> None:
         """Schedule and moments, zero, of an optimizer that took `step` steps."""
@@ -316,10 +316,16 @@ class Engine:
             torch.cuda.set_rng_state(saved[f"random_cuda.{self.world.rank}"], self.world.device)
 
 
-def save_state(folder: Path, state: Mapping[str, torch.Tensor], step: int) -> None:
-    """`folder/optimizer.safetensors` with what `Engine.optimizer_state` gave, synced to disk."""
+def save_state(folder: Path, state: Mapping[str, torch.Tensor], client_state: Mapping[str, Any]) -> None:
+    """`folder/optimizer.safetensors`, synced to disk.
+
+    Args:
+        folder: exists.
+        state: from `Engine.optimizer_state`.
+        client_state: what JSON can hold; "step", the optimizer steps taken, must be in it.
+    """
     path = folder / STATE
-    safetensors.torch.save_file(dict(state), path, {"format": "pt", "step": str(step)})
+    safetensors.torch.save_file(dict(state), path, {"format": "pt", "client_state": json.dumps(client_state)})
     with open(path, "rb") as file:
         os.fsync(file.fileno())
 

@@ -17,7 +17,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from tinymim_fast.config import IMAGENET_MEAN, IMAGENET_STD
-from tinymim_fast.data import build_eval_loader, scan_image_folder
+from tinymim_fast.data import build_eval_loader, find_images
 from tinymim_fast.errors import EXIT_INPUT, InputError
 from tinymim_fast.models.checkpoints import load_encoder
 from tinymim_fast.models.vit import TappedViT, create_vit, freeze, init_mae_style
@@ -43,7 +43,7 @@ def extract_features(
     A feature is the mean over patch tokens of what the tapped block's qkv projection reads: for a distilled student the
     last thing that the relation loss trained.
     """
-    index = scan_image_folder(data_path, split=split, workers=workers)
+    index = find_images(data_path, split=split, workers=workers)
     features, labels = [torch.empty(0, tap.embed_dim)], [torch.empty(0, dtype=torch.int64)]
     with build_eval_loader(
         index,

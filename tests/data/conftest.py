@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from tinymim_fast.data import draw_sample_folder, scan_image_folder
+from tinymim_fast.data import draw_sample_folder, scan_images
 
 REAL_IMAGES = Path(
     os.environ.get(
@@ -29,7 +29,7 @@ def sample_root(tmp_path_factory):
 @pytest.fixture(scope="session")
 def sample_index(sample_root):
     """48 drawn pictures, 96 px."""
-    return scan_image_folder(sample_root, split="train", workers=2)
+    return scan_images(sample_root, split="train", workers=2)
 
 
 @pytest.fixture(scope="session")
@@ -37,4 +37,4 @@ def real_index():
     """Photographs of many sizes."""
     if not REAL_IMAGES.is_dir():
         pytest.skip(f"no real images: set TINYMIM_FAST_TEST_IMAGES or put them at {REAL_IMAGES}")
-    return scan_image_folder(REAL_IMAGES, split="train", workers=2)
+    return scan_images(REAL_IMAGES, split="train", workers=2)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tinymim_fast.data import DataError, build_eval_loader, build_loader, scan_image_folder
+from tinymim_fast.data import DataError, build_eval_loader, build_loader, scan_images
 
 NORMALIZE = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 PER_UNIT = 255 * torch.tensor(NORMALIZE["std"]).view(3, 1, 1)  # normalised -> 0..255
@@ -206,7 +206,7 @@ def test_odd_files_decode_to_rgb(tmp_path, loader_name):
     picture().save(tmp_path / "png_called.JPEG", format="PNG")
     picture().save(tmp_path / "progressive.jpg", progressive=True)
     picture().save(tmp_path / "rotated.jpg", exif=exif)
-    index = scan_image_folder(tmp_path)
+    index = scan_images(tmp_path)
     with eval_loader(index, loader_name, img_size=80, resize_size=80) as loader:
         images, _, sample_ids = next(iter(loader))
     assert sample_ids.tolist() == list(range(7))
@@ -219,7 +219,7 @@ def test_odd_files_decode_to_rgb(tmp_path, loader_name):
 @pytest.fixture
 def damageable_index(sample_root, tmp_path):
     shutil.copytree(sample_root / "train", tmp_path / "train")
-    return scan_image_folder(tmp_path / "train")
+    return scan_images(tmp_path / "train")
 
 
 @pytest.mark.parametrize("damage", ["truncated", "missing", "changed"])

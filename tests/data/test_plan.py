@@ -1,12 +1,12 @@
 import numpy as np
 import pytest
 
-from tinymim_fast.data import DataError, ImageFolderIndex
+from tinymim_fast.data import DataError, ImageIndex
 from tinymim_fast.data.plan import EvalPlan, TrainPlan
 
 
 def make_index(n, sizes=(100, 120)):
-    return ImageFolderIndex(
+    return ImageIndex(
         root="nowhere",
         paths=[f"a/{i}.jpg" for i in range(n)],
         labels=np.zeros(n, dtype=np.int64),

@@ -6,16 +6,17 @@ anchors and jitter come from the plan, so the views agree with PIL and torchvisi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import nvidia.dali.fn as fn
 import nvidia.dali.types as types
 import torch
-from nvidia.dali import pipeline_def
+from nvidia.dali import Pipeline, pipeline_def
 
 from tinymim_fast.data.augment import BRIGHTNESS, CONTRAST
-from tinymim_fast.data.errors import DataError, name_some
+from tinymim_fast.data.errors import DataError, ImageError, name_some
 from tinymim_fast.data.plan import EvalPlan, TrainPlan
 
 _GREY = np.array([0.299, 0.587, 0.114])  # PIL's "L"
@@ -36,55 +37,119 @@ def batches(
     """Float32 views (B, 3, S, S) on `device` for each batch number; `workers` decoding threads, at least one.
 
     Raises:
-        DataError: a file can't be decoded; names it.
+        DataError: a file can't be decoded in evaluation, or hardly any in training; names it.
     """
-    is_train = isinstance(plan, TrainPlan)
-    define, inputs = (_train_graph, _train_inputs) if is_train else (_eval_graph, _eval_inputs)
-    pipeline = define(
-        source=(inputs(plan, number) for number in numbers),
-        plan=plan,
-        normalize={"mean": [255 * m for m in mean], "std": [255 * s for s in std], "output_layout": "CHW"},
-        is_gpu=device.type == "cuda",
-        batch_size=plan.batch_size,
-        num_threads=max(1, workers),
-        device_id=device.index if device.type == "cuda" else None,
-        prefetch_queue_depth=prefetch,
-        exec_dynamic=True,
-    )
-    try:
-        for number in numbers:
-            try:
-                # outputs on the consumer's stream: a buffer is freed in its order, after the kernels that read it
-                outputs = pipeline.run(torch.cuda.current_stream(device) if device.type == "cuda" else None)
-            except RuntimeError as error:
-                raise _blame(plan, number, error) from error
-            # the dynamic executor never reuses a buffer that is still referred to, so no copy is needed
-            yield tuple(torch.from_dlpack(output.as_tensor()) for output in outputs)
-    finally:
-        pipeline._shutdown()  # now, not when the last traceback that holds the pipeline is dropped
+    is_gpu = device.type == "cuda"
+
+    def build(files: Iterable, inputs: Iterable, **options) -> Pipeline:
+        return (_train_graph if isinstance(plan, TrainPlan) else _eval_graph)(
+            files=files,
+            inputs=inputs,
+            plan=plan,
+            normalize={"mean": [255 * m for m in mean], "std": [255 * s for s in std], "output_layout": "CHW"},
+            is_gpu=is_gpu,
+            device_id=device.index if is_gpu else None,
+            exec_dynamic=True,
+            **options,
+        )
+
+    done = 0
+    while done < len(numbers):  # once, and again after each batch with a file that can't be decoded
+        pipeline = build(
+            (_files(plan, number) for number in numbers[done:]),
+            (_inputs(plan, number) for number in numbers[done:]),
+            batch_size=plan.batch_size,
+            num_threads=max(1, workers),
+            prefetch_queue_depth=prefetch,
+        )
+        try:
+            for number in numbers[done:]:
+                try:
+                    # outputs on the consumer's stream: a buffer is freed in its order, after the kernels that read it
+                    outputs = pipeline.run(torch.cuda.current_stream(device) if is_gpu else None)
+                except RuntimeError as error:
+                    failure = error
+                    break
+                # the dynamic executor never reuses a buffer that is still referred to, so no copy is needed
+                yield tuple(torch.from_dlpack(output.as_tensor()) for output in outputs)
+                done += 1
+            else:
+                return
+        finally:
+            pipeline._shutdown()  # now, not when the last traceback that holds the pipeline is dropped
+        _single_out(plan, numbers[done], build, failure)
 
 
-def _blame(plan: TrainPlan | EvalPlan, number: int, error: RuntimeError) -> DataError:
-    """DALI does not say which file broke a batch, so decode the batch again with PIL."""
-    sample_ids = plan.sample_ids(number)
-    for sample_id in sample_ids:
+def _single_out(plan: TrainPlan | EvalPlan, number: int, build: Callable[..., Pipeline], failure: RuntimeError) -> None:
+    """Put the samples of a batch that can't be decoded into `plan.bad`: DALI fails a batch without saying which.
+
+    Each sample goes alone through the same graph: what PIL can decode is not what DALI can.
+
+    Raises:
+        DataError: in evaluation, or where none fails alone.
+    """
+    files, inputs = _files(plan, number), _inputs(plan, number)
+    culprits, start = {}, 0
+    while start < len(files):
+        singles = range(start, len(files))
+        pipeline = build(
+            ([files[i]] for i in singles),
+            (tuple(array[i : i + 1] for array in inputs) for i in singles),
+            batch_size=1,
+            num_threads=1,
+            prefetch_queue_depth=1,
+        )
+        try:
+            for i in singles:
+                start = i + 1
+                try:
+                    pipeline.run()
+                except RuntimeError as error:
+                    culprits[int(plan.read_ids(number)[i])] = error
+                    break
+        finally:
+            pipeline._shutdown()
+    if not culprits:
+        names = name_some(plan.index.file(sample_id) for sample_id in plan.read_ids(number))
+        raise DataError(f"DALI could not decode a batch of these files, though each of them alone: {names}\n{failure}")
+    for sample_id, error in culprits.items():
         try:
             plan.index.read_image(sample_id)
-        except DataError as damaged:
-            return damaged
-    files = name_some(plan.index.file(sample_id) for sample_id in sample_ids)
-    return DataError(f"DALI could not decode a batch of these files: {files}\n{error}")
+            damage = ImageError(
+                f"got {plan.index.file(sample_id)}, which PIL can decode and DALI can't: {_cause(error)}; "
+                "convert it or use --loader torchvision",
+                f"DALI: {_cause(error)}",
+            )
+        except ImageError as error:  # PIL says it better
+            damage = error
+        if isinstance(plan, EvalPlan):
+            raise damage
+        plan.bad[sample_id] = damage.reason
 
 
-def _file_names(plan: TrainPlan | EvalPlan, number: int) -> list[np.ndarray]:
-    files = (plan.index.file(sample_id).encode(errors="surrogateescape") for sample_id in plan.sample_ids(number))
-    return [np.frombuffer(file, dtype=np.uint8) for file in files]
+def _cause(error: RuntimeError) -> str:
+    """The line that says what happened, of the many that say where."""
+    lines = str(error).rpartition("encountered:")[2].split("\n")
+    return next((line.strip() for line in lines if line.strip()), "unknown error")
 
 
-def _train_inputs(plan: TrainPlan, number: int) -> tuple:
+def _files(plan: TrainPlan | EvalPlan, number: int) -> list[np.ndarray]:
+    """File names for DALI to read, or views of files in shards: a list of (bytes,) uint8."""
+    index, read_ids = plan.index, plan.read_ids(number).tolist()
+    if index.shards:
+        return [index.encoded(i) for i in read_ids]
+    return [np.frombuffer(os.fsencode(index.file(i)), dtype=np.uint8) for i in read_ids]
+
+
+def _inputs(plan: TrainPlan | EvalPlan, number: int) -> tuple[np.ndarray, ...]:
+    """The parameters of a batch as arrays (n, ...)."""
+    return _train_inputs(plan, number) if isinstance(plan, TrainPlan) else _eval_inputs(plan, number)
+
+
+def _train_inputs(plan: TrainPlan, number: int) -> tuple[np.ndarray, ...]:
     p = plan.params(number)
     crop = (np.stack([p.top, p.left], axis=1), np.stack([p.height, p.width], axis=1))  # (n, 2) each
-    inputs = (_file_names(plan, number), *crop, p.flip.astype(np.int32))
+    inputs = (*crop, p.flip.astype(np.int32))
     if plan.views == 1:
         return inputs
     order = np.ascontiguousarray(p.jitter_order.T)  # (stages, n)
@@ -95,10 +160,10 @@ def _train_inputs(plan: TrainPlan, number: int) -> tuple:
     return (*inputs, *order, *factor, *matrix)
 
 
-def _eval_inputs(plan: EvalPlan, number: int) -> tuple:
+def _eval_inputs(plan: EvalPlan, number: int) -> tuple[np.ndarray, ...]:
     p = plan.params(number)
     size, anchor = np.stack([p.height, p.width], axis=1), np.stack([p.top, p.left], axis=1)
-    return _file_names(plan, number), size.astype(np.float32), anchor
+    return size.astype(np.float32), anchor
 
 
 def _decode_options(is_gpu: bool) -> dict:
@@ -110,15 +175,21 @@ def _decode_options(is_gpu: bool) -> dict:
     }
 
 
+def _encoded(files: Iterable, plan: TrainPlan | EvalPlan):
+    if plan.index.shards:  # decoders read the memory map: no copy here, and page faults are theirs
+        return fn.external_source(files, no_copy=True)
+    return fn.io.file.read(fn.external_source(files))
+
+
 _RESIZE_OPTIONS = {"interp_type": types.INTERP_CUBIC, "antialias": True}
 
 
 @pipeline_def(enable_conditionals=True)
-def _train_graph(source, plan: TrainPlan, normalize: dict, is_gpu: bool):
-    num_inputs = 4 + (3 * _NUM_STAGES if plan.views == 2 else 0)
-    file_name, start, shape, flip, *jitter = fn.external_source(source, num_outputs=num_inputs)
+def _train_graph(files: Iterable, inputs: Iterable, plan: TrainPlan, normalize: dict, is_gpu: bool):
+    num_inputs = 3 + (3 * _NUM_STAGES if plan.views == 2 else 0)
+    start, shape, flip, *jitter = fn.external_source(inputs, num_outputs=num_inputs)
     image = fn.decoders.image_slice(
-        fn.io.file.read(file_name), start=start, shape=shape, axes=[0, 1], **_decode_options(is_gpu)
+        _encoded(files, plan), start=start, shape=shape, axes=[0, 1], **_decode_options(is_gpu)
     )
     image = fn.resize(image, size=[plan.img_size, plan.img_size], **_RESIZE_OPTIONS)
     teacher_view = fn.crop_mirror_normalize(image, mirror=flip, **normalize)
@@ -143,9 +214,9 @@ def _train_graph(source, plan: TrainPlan, normalize: dict, is_gpu: bool):
 
 
 @pipeline_def
-def _eval_graph(source, plan: EvalPlan, normalize: dict, is_gpu: bool):
-    file_name, size, anchor = fn.external_source(source, num_outputs=3)
-    image = fn.decoders.image(fn.io.file.read(file_name), **_decode_options(is_gpu))
+def _eval_graph(files: Iterable, inputs: Iterable, plan: EvalPlan, normalize: dict, is_gpu: bool):
+    size, anchor = fn.external_source(inputs, num_outputs=2)
+    image = fn.decoders.image(_encoded(files, plan), **_decode_options(is_gpu))
     image = fn.resize(image, size=size, **_RESIZE_OPTIONS)
     image = fn.slice(image, start=anchor, shape=[plan.img_size, plan.img_size], axes=[0, 1])
     return fn.crop_mirror_normalize(image, **normalize)

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 
 from tinymim_fast.data.errors import DataError
-from tinymim_fast.data.index import ImageFolderIndex
+from tinymim_fast.data.index import ImageIndex
 from tinymim_fast.data.plan import EvalPlan, TrainPlan
 
 log = logging.getLogger(__name__)
@@ -54,6 +54,15 @@ class TrainLoader(_Loader):
     plan: TrainPlan
 
     @property
+    def bad(self) -> dict[int, str]:
+        """Samples whose files could not be decoded, with the reason; each is replaced by another sample.
+
+        Which one depends on (seed, epoch, sample) and on the files alone. Samples that are put here, as found by other
+        ranks or an earlier run, are replaced without another try.
+        """
+        return self.plan.bad
+
+    @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps per epoch; the last, incomplete global batch is dropped."""
         return self.plan.steps_per_epoch
@@ -67,7 +76,7 @@ class TrainLoader(_Loader):
             start. Prefetching goes on over the ends of epochs.
 
         Raises:
-            DataError: while iterating, for a file that can't be decoded; names it.
+            DataError: while iterating, for a missing or truncated shard, or many files in a row that can't be decoded.
         """
         micro_per_step = self.plan.accumulation_steps
         return self._start(range(start_step * micro_per_step, (start_step + num_steps) * micro_per_step))
@@ -96,7 +105,7 @@ class EvalLoader(_Loader):
 
 
 def build_loader(
-    index: ImageFolderIndex,
+    index: ImageIndex,
     *,
     loader: LoaderName,
     batch_size: int,
@@ -159,7 +168,7 @@ def build_loader(
 
 
 def build_eval_loader(
-    index: ImageFolderIndex,
+    index: ImageIndex,
     *,
     loader: LoaderName,
     batch_size: int,
@@ -181,7 +190,7 @@ def build_eval_loader(
         (the others as in `build_loader`)
 
     Raises:
-        DataError: a bad setting, or the named loader is not installed.
+        DataError: a bad setting, damaged images in the index, or the named loader is not installed.
     """
     plan = EvalPlan(
         index=index,
