@@ -1,7 +1,11 @@
+import io
 import os
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from tinymim_fast.data import draw_sample_folder, scan_images
 
@@ -38,3 +42,27 @@ def real_index():
     if not REAL_IMAGES.is_dir():
         pytest.skip(f"no real images: set TINYMIM_FAST_TEST_IMAGES or put them at {REAL_IMAGES}")
     return scan_images(REAL_IMAGES, split="train", workers=2)
+
+
+HUGE = b"\xff\xff" * 2  # height and width, 65,535 pixels
+
+
+@pytest.fixture
+def odd_root(sample_root, tmp_path):
+    """The drawn folder with one file of each damaged and each odd kind in train/disc/."""
+    shutil.copytree(sample_root, tmp_path / "odd")
+    folder = tmp_path / "odd" / "train" / "disc"
+    whole = (folder / "00000.jpg").read_bytes()
+    picture = Image.open(io.BytesIO(whole))
+    (folder / "truncated.jpg").write_bytes(whole[:-100])
+    (folder / "empty.jpg").touch()
+    (folder / "text.jpg").write_text("no picture")
+    size_at = whole.index(b"\xff\xc0") + 5
+    (folder / "huge.jpg").write_bytes(whole[:size_at] + HUGE + whole[size_at + 4 :])
+    picture.convert("CMYK").save(folder / "cmyk.jpg")
+    picture.convert("L").save(folder / "grey.jpg")
+    picture.save(folder / "png.JPEG", format="PNG")
+    Image.fromarray(np.linspace(0, 65535, 96 * 96).reshape(96, 96).astype(np.uint16)).save(folder / "deep.png")
+    picture.save(folder / "inside.bmp")  # its header does not tell
+    os.truncate(folder / "inside.bmp", 5000)
+    return tmp_path / "odd"

@@ -2,7 +2,6 @@ import dataclasses
 import logging
 import multiprocessing
 import os
-import shutil
 
 import numpy as np
 import pytest
@@ -18,6 +17,9 @@ PER_UNIT = 255 * torch.tensor(NORMALIZE["std"]).view(3, 1, 1)  # normalised -> 0
 # and DALI does not: 0.18 on photographs, 0.25 after jitter; a wrong anchor, filter or order costs more than 1.
 MAX_TEACHER_DIFFERENCE = 0.4
 MAX_STUDENT_DIFFERENCE = 0.6
+# 99th percentile of the same: 1 and 2 on 500 photographs. Rounded overshoot at edges makes the largest, 21 and 24.
+MAX_TEACHER_P99 = 2
+MAX_STUDENT_P99 = 3
 
 DEVICES = [
     "cpu",
@@ -45,6 +47,15 @@ def copies(batches):
 def mean_difference(a, b):
     """Per image, in units of 0..255."""
     return ((a - b).abs() * PER_UNIT).mean(dim=(-3, -2, -1))
+
+
+def counts_by_difference(a, b):
+    """(256,) values that differ by so much, in units of 0..255."""
+    return ((a - b).abs() * PER_UNIT).round().to(torch.uint8).flatten().bincount(minlength=256)
+
+
+def p99(counts):
+    return int((counts.cumsum(0) < 0.99 * counts.sum()).sum())
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -119,15 +130,15 @@ def test_one_view_is_the_teachers(sample_index, loader_name):
 
 
 def assert_loaders_agree(index, device="cpu", num_steps=4, **changes):
-    differences = []
+    differences, counts = [], torch.zeros(2, 256)
     with train_loader(index, "dali", device=device, **changes) as a, train_loader(index, "torchvision", **changes) as b:
         for x, y in zip(copies(a.batches(1, num_steps)), copies(b.batches(1, num_steps))):
             differences.append(mean_difference(x, y))
-    teacher, student = torch.cat(differences, dim=1)
-    for name, found, limit in [
-        ("teacher", teacher, MAX_TEACHER_DIFFERENCE),
-        ("student", student, MAX_STUDENT_DIFFERENCE),
-    ]:
+            counts += torch.stack([counts_by_difference(*views) for views in zip(x, y)])
+    differences = torch.cat(differences, dim=1)
+    limits = (MAX_TEACHER_DIFFERENCE, MAX_TEACHER_P99), (MAX_STUDENT_DIFFERENCE, MAX_STUDENT_P99)
+    for name, found, count, (limit, limit_p99) in zip(("teacher", "student"), differences, counts, limits):
+        assert p99(count) <= limit_p99, f"{name} view: 99th percentile {p99(count)} of 255, limit {limit_p99}"
         assert found.mean() < limit, f"{name} view: mean {found.mean():.3f} of 255, limit {limit}"
         assert found.max() < 3 * limit, f"{name} view: largest {found.max():.3f}, image {found.argmax()}"
 
@@ -180,7 +191,9 @@ def test_evaluation_gives_each_image_once(sample_index, loader_name, world_size,
 
 def test_evaluation_is_torchvisions(real_index, loader_name):
     T = pytest.importorskip("torchvision.transforms")
-    index = dataclasses.replace(real_index, paths=real_index.paths[:40])
+    num_images = len(real_index) if loader_name == "dali" else 40  # the other one is the same code
+    index = dataclasses.replace(real_index, paths=real_index.paths[:num_images])
+    counts = torch.zeros(256)
     transform = T.Compose(
         [T.Resize(256, T.InterpolationMode.BICUBIC), T.CenterCrop(224), T.ToTensor(), T.Normalize(**NORMALIZE)]
     )
@@ -189,11 +202,17 @@ def test_evaluation_is_torchvisions(real_index, loader_name):
             theirs = torch.stack([transform(index.read_image(i)) for i in sample_ids])
             limit = MAX_TEACHER_DIFFERENCE if loader_name == "dali" else 1e-4
             assert mean_difference(images, theirs).max() < limit
+            counts += counts_by_difference(images, theirs)
+    assert counts.sum() == num_images * 3 * 224 * 224 and p99(counts) <= MAX_TEACHER_P99
 
 
 def picture(height=80, width=100):
     ramp = np.linspace(0, 255, height * width * 3).reshape(height, width, 3)
     return Image.fromarray(ramp.astype(np.uint8))
+
+
+def deep_picture(height=80, width=100):
+    return Image.fromarray(np.linspace(0, 65535, height * width).reshape(height, width).astype(np.uint16))
 
 
 def test_odd_files_decode_to_rgb(tmp_path, loader_name):
@@ -205,46 +224,16 @@ def test_odd_files_decode_to_rgb(tmp_path, loader_name):
     picture().convert("P").save(tmp_path / "palette.png")
     picture().save(tmp_path / "png_called.JPEG", format="PNG")
     picture().save(tmp_path / "progressive.jpg", progressive=True)
+    deep_picture().save(tmp_path / "sixteen_bit.png")
     picture().save(tmp_path / "rotated.jpg", exif=exif)
     index = scan_images(tmp_path)
     with eval_loader(index, loader_name, img_size=80, resize_size=80) as loader:
         images, _, sample_ids = next(iter(loader))
-    assert sample_ids.tolist() == list(range(7))
-    theirs = [index.read_image(i).crop((10, 0, 90, 80)) for i in range(7)]
+    assert sample_ids.tolist() == list(range(8))
+    theirs = [index.read_image(i).crop((10, 0, 90, 80)) for i in range(8)]
     theirs = torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255 for image in theirs])
     theirs = (theirs - torch.tensor(NORMALIZE["mean"]).view(3, 1, 1)) / torch.tensor(NORMALIZE["std"]).view(3, 1, 1)
     assert mean_difference(images, theirs).max() < 1e-3  # not resized, so equal
-
-
-@pytest.fixture
-def damageable_index(sample_root, tmp_path):
-    shutil.copytree(sample_root / "train", tmp_path / "train")
-    return scan_images(tmp_path / "train")
-
-
-@pytest.mark.parametrize("damage", ["truncated", "missing", "changed"])
-def test_a_damaged_file_is_named(damageable_index, loader_name, damage):
-    with train_loader(damageable_index, loader_name, scale=(1, 1), ratio=(1, 1)) as loader:
-        victim = damageable_index.file(int(loader.plan.sample_ids(3)[5]))
-        if damage == "truncated":
-            os.truncate(victim, os.path.getsize(victim) // 2)
-        elif damage == "missing":
-            os.remove(victim)
-        else:
-            picture(40, 40).save(victim)
-        batches = loader.batches(0, 6)
-        for _ in range(3):
-            next(batches)
-        with pytest.raises(DataError) as caught:
-            next(batches)
-        assert str(caught.value).startswith(f"got {victim}") and "Traceback" not in str(caught.value)
-
-
-def test_a_damaged_file_is_named_in_evaluation(damageable_index, loader_name):
-    victim = damageable_index.file(11)
-    os.truncate(victim, os.path.getsize(victim) // 2)
-    with eval_loader(damageable_index, loader_name) as loader, pytest.raises(DataError, match=victim):
-        list(loader)
 
 
 def num_threads():

@@ -62,22 +62,22 @@ def batches(
             num_threads=max(1, workers),
             prefetch_queue_depth=prefetch,
         )
+        failure = None
         try:
-            for number in numbers[done:]:
+            while failure is None and done < len(numbers):
                 try:
                     # outputs on the consumer's stream: a buffer is freed in its order, after the kernels that read it
                     outputs = pipeline.run(torch.cuda.current_stream(device) if is_gpu else None)
                 except RuntimeError as error:
                     failure = error
-                    break
+                    continue
                 # the dynamic executor never reuses a buffer that is still referred to, so no copy is needed
                 yield tuple(torch.from_dlpack(output.as_tensor()) for output in outputs)
                 done += 1
-            else:
-                return
         finally:
             pipeline._shutdown()  # now, not when the last traceback that holds the pipeline is dropped
-        _single_out(plan, numbers[done], build, failure)
+        if failure is not None:
+            _single_out(plan, numbers[done], build, failure)
 
 
 def _single_out(plan: TrainPlan | EvalPlan, number: int, build: Callable[..., Pipeline], failure: RuntimeError) -> None:

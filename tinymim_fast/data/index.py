@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 INDEX_FILE = "index.npz"
 SPLITS = ("train", "val")
 _FORMAT = "tinymim_fast image index 2"
+_NAMES = ("root", "paths", "class_names", "damaged", "reasons", "shards", "stamped")  # of packed arrays in the file
 _LAYOUT = "want DIR/<class>/*.jpg, DIR/train/<class>/*.jpg, images directly in DIR, or shards DIR/*.tar"
 _FILES_PER_TASK = 256  # a task for each file is slow
 Progress = Callable[[Iterable, int], Iterable]  # tqdm's shape: (parts, total)
@@ -178,10 +179,7 @@ def load_index(path: str | Path, split: str | None = None, *, home: Path | None 
             if found not in names:
                 raise DataError(f"got {path} with the splits {', '.join(names)}, want {split or 'one'}; scan again")
             own = {key.removeprefix(f"{found}/"): data[key] for key in data.files if key.startswith(f"{found}/")}
-            text = {
-                k: _unpack(own.pop(k))
-                for k in ["root", "paths", "class_names", "damaged", "reasons", "shards", "stamped"]
-            }
+            text = {k: _unpack(own.pop(k)) for k in _NAMES}
             return ImageIndex(
                 root=Path(os.path.normpath(os.path.join(home or _unpack(data["home"])[0], text["root"][0]))),
                 paths=text["paths"],
