@@ -17,6 +17,7 @@ import nvidia.dali.types as types
 import torch
 import torch.nn.functional as F
 from nvidia.dali import Pipeline, pipeline_def
+from nvidia.dali.pipeline import do_not_convert
 from PIL import Image, ImageEnhance
 
 from tinymim_fast.data.augment import BRIGHTNESS, CONTRAST
@@ -190,17 +191,21 @@ def _encoded(files: Iterable, plan: TrainPlan | EvalPlan):
     return fn.io.file.read(fn.external_source(files))
 
 
+@do_not_convert  # by enable_conditionals
+def _on_cpu(function: Callable, threads: ThreadPoolExecutor, image, parameter):
+    """`function(image, parameter)` of each sample, in threads; DALI itself would call it for one after another."""
+
+    def each(images, parameters):
+        return list(threads.map(function, images, parameters))
+
+    return fn.python_function(image, parameter, function=each, batch_processing=True, output_layouts="HWC")
+
+
 def _resize(image, size, threads: ThreadPoolExecutor | None):
     """Cubic and antialiased, (height, width); DALI's own takes 4 times the CPU time of PyTorch's for uint8."""
     if threads is None:
         return fn.resize(image, size=size, interp_type=types.INTERP_CUBIC, antialias=True)
-    return fn.python_function(
-        image,
-        size,
-        function=lambda images, sizes: list(threads.map(_resize_on_cpu, images, sizes)),
-        batch_processing=True,
-        output_layouts="HWC",
-    )
+    return _on_cpu(_resize_on_cpu, threads, image, size)
 
 
 def _resize_on_cpu(image: np.ndarray, size: np.ndarray) -> np.ndarray:
@@ -214,13 +219,7 @@ def _saturate(image, factor, threads: ThreadPoolExecutor | None):
     if threads is None:
         identity, grey = types.Constant(np.eye(3, dtype=np.float32)), types.Constant(np.tile(_GREY, (3, 1)))
         return fn.coord_transform(image, M=identity * factor + grey * (1 - factor), T=_TRUNCATE, dtype=types.UINT8)
-    return fn.python_function(
-        image,
-        factor,
-        function=lambda images, factors: list(threads.map(_saturate_on_cpu, images, factors)),
-        batch_processing=True,
-        output_layouts="HWC",
-    )
+    return _on_cpu(_saturate_on_cpu, threads, image, factor)
 
 
 def _saturate_on_cpu(image: np.ndarray, factor: np.ndarray) -> np.ndarray:
