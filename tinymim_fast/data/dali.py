@@ -191,6 +191,10 @@ def _encoded(files: Iterable, plan: TrainPlan | EvalPlan):
     return fn.io.file.read(fn.external_source(files))
 
 
+def _decode_crop(encoded, start, shape, decoder: dict):
+    return fn.decoders.image_slice(encoded, start=start, shape=shape, axes=[0, 1], **decoder)
+
+
 @do_not_convert  # by enable_conditionals
 def _on_cpu(function: Callable, threads: ThreadPoolExecutor, image, parameter):
     """`function(image, parameter)` of each sample, in threads; DALI itself would call it for one after another."""
@@ -237,7 +241,7 @@ def _train_graph(
 ):
     num_inputs = 3 + (2 * _NUM_STAGES if plan.views == 2 else 0)
     start, shape, flip, *jitter = fn.external_source(inputs, num_outputs=num_inputs)
-    image = fn.decoders.image_slice(_encoded(files, plan), start=start, shape=shape, axes=[0, 1], **decoder)
+    image = _decode_crop(_encoded(files, plan), start, shape, decoder)
     image = _resize(image, types.Constant(np.full(2, plan.img_size, dtype=np.float32)), threads)
     teacher_view = fn.crop_mirror_normalize(image, mirror=flip, **normalize)
     if plan.views == 1:
