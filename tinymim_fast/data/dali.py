@@ -133,12 +133,15 @@ def _cause(error: RuntimeError) -> str:
     return next((line.strip() for line in lines if line.strip()), "unknown error")
 
 
-def _files(plan: TrainPlan | EvalPlan, number: int) -> list[np.ndarray]:
-    """File names for DALI to read, or views of files in shards: a list of (bytes,) uint8."""
+def _files(plan: TrainPlan | EvalPlan, number: int) -> list[np.ndarray] | np.ndarray:
+    """Views of files in shards, n of (bytes,) uint8, or names of files for DALI to read, (n, bytes) uint8."""
     index, read_ids = plan.index, plan.read_ids(number).tolist()
     if index.shards:
         return [index.encoded(i) for i in read_ids]
-    return [np.frombuffer(os.fsencode(index.file(i)), dtype=np.uint8) for i in read_ids]
+    folder = os.path.join(os.fsencode(index.root), b"")
+    names = np.array([folder + os.fsencode(index.paths[i]) for i in read_ids])
+    # one array with zeros behind the names, where opening stops: 2 us an image instead of 8 for a list
+    return names.view(np.uint8).reshape(len(names), -1)
 
 
 def _inputs(plan: TrainPlan | EvalPlan, number: int) -> tuple[np.ndarray, ...]:
