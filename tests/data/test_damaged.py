@@ -139,6 +139,17 @@ def test_a_damaged_file_costs_its_sample_alone(damageable_index, loader_name, da
         assert torch.equal(torch.cat([part[number - 3] for part in parts], dim=1), found[number][0])
 
 
+def test_a_file_that_dali_alone_cant_decode_is_replaced_too(damageable_index):
+    dali = pytest.importorskip("nvidia.dali")
+    victim = 7
+    with Image.open(damageable_index.file(victim)) as image:
+        image.save(Path(damageable_index.file(victim)), format="GIF")
+    assert dali and damageable_index.read_image(victim)
+    with train_loader(damageable_index, "dali", batch_size=48) as loader:
+        next(loader.batches(0, 1))
+        assert loader.bad.keys() == {victim} and loader.bad[victim].startswith("DALI: ")
+
+
 def test_a_bad_replacement_is_replaced_too(damageable_index, loader_name):
     with train_loader(damageable_index, loader_name) as loader:
         victim = int(loader.plan.sample_ids(0)[2])
