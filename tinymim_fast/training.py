@@ -10,7 +10,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from torch import nn
 from tinymim_fast import engine as engines
 from tinymim_fast.config import RunConfig, differences, parse, to_yaml
 from tinymim_fast.data import ImageIndex, build_loader, find_images
-from tinymim_fast.data.errors import name_some
+from tinymim_fast.data.errors import ImageError, name_some
 from tinymim_fast.data.loader import TrainLoader
 from tinymim_fast.engine import Engine, World
 from tinymim_fast.errors import (
@@ -139,8 +139,7 @@ def train(config: RunConfig, world: World, build_task: Callable[[Any, World, Pat
         if checkpoint is not None:
             client_state = engine.load(checkpoint)
             start_step = client_state["step"]
-            known_bad = client_state.get("bad_files", {})
-            loader.bad.update((i, known_bad[path]) for i, path in enumerate(index.paths) if path in known_bad)
+            loader.bad.update(_still_bad(index, client_state["bad_files"]))
             logger.info("continuing from %s", checkpoint)
         world.broadcast(lambda: _prepare_folder(output_dir, config, ds_config, index))
         run = Run(config, world, task, engine, loader, accum, start_step)
@@ -203,12 +202,24 @@ def _as_begun(config: RunConfig, before: ImageIndex, now: ImageIndex) -> ImageIn
     return replace(before, root=now.root)
 
 
+def _still_bad(index: ImageIndex, names: Container[str]) -> dict[int, str]:
+    """Which of these images still can't be decoded, with the reason: repaired ones are taken again."""
+    bad = {}
+    for i, path in enumerate(index.paths):
+        if path in names:
+            try:
+                index.read_image(i)
+            except ImageError as error:
+                bad[i] = error.reason
+    return bad
+
+
 def _too_many_bad(config: RunConfig, index: ImageIndex, bad: dict[str, str]) -> InputError:
     share = len(bad) / index.num_listed
     files = name_some(f"{path} ({reason})" for path, reason in bad.items())
     return InputError(
         f"--max-bad-files {config.max_bad_files:g}: {len(bad)} of {index.num_listed} images in {index.root} can't be decoded "
-        f"({share:.2g} of all): {files}. Replace or remove them, or allow more"
+        f"({share:.2g} of all): {files}. Repair them, or allow more"
     )
 
 

@@ -1,9 +1,11 @@
 """Damaged and odd files: what a scan tells, what they cost in training, and that no evaluation hides them."""
 
+import dataclasses
 import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,11 +15,12 @@ from PIL import Image
 from tests_support import PACKAGE, ROOT, distill_flags
 from tinymim_fast import train, training
 from tinymim_fast.config import DistillConfig, parse
-from tinymim_fast.data import DataError, build_eval_loader, build_loader, find_images, scan, scan_images
+from tinymim_fast.data import DataError, build_eval_loader, build_loader, find_images, pack, scan, scan_images
 from tinymim_fast.data.augment import draw_replacements
 from tinymim_fast.engine import free_port
 from tinymim_fast.errors import EXIT_INPUT, InputError
 from tinymim_fast.metrics import read_metrics
+from tinymim_fast.models.checkpoints import latest_checkpoint
 
 NORMALIZE = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 DAMAGED = {
@@ -115,13 +118,15 @@ def test_a_damaged_file_costs_its_sample_alone(damageable_index, loader_name, da
         assert loader.bad.keys() == {victim} and reason[damage] in loader.bad[victim]
         positions = [(n, i) for n in range(12) for i in np.flatnonzero(loader.plan.sample_ids(n) == victim)]
         assert positions[0] == (3, 5) and len(positions) == 2, "once an epoch"
+        for epoch, (number, i) in enumerate(positions):
+            other = draw_replacements(victim, len(index), 1, seed=1, epoch=epoch)[0]
+            assert loader.plan.read_ids(number)[i] == other != victim
     for number, (views, bad) in enumerate(found):
         if number < 3:
             assert not bad
         changed = [i for i in range(8) if not torch.equal(views[:, i], sound[number][:, i])]
         assert changed == [i for n, i in positions if n == number]
-    # The replacement is the drawn one, and a loader that knows, a later start and two ranks have the same.
-    other = draw_replacements(victim, len(index), 1, seed=1, epoch=0)[0]
+    # A loader that knows, a later start and two ranks have the same.
     parts = []
     for rank in range(2):
         with train_loader(
@@ -130,9 +135,19 @@ def test_a_damaged_file_costs_its_sample_alone(damageable_index, loader_name, da
             if rank == 0:
                 loader.bad[victim] = "known"
             parts.append(copies(loader.batches(3, 2)))
-            assert loader.plan.read_ids(3).tolist() == [other if i == victim else i for i in loader.plan.sample_ids(3)]
     for number in (3, 4):
         assert torch.equal(torch.cat([part[number - 3] for part in parts], dim=1), found[number][0])
+
+
+def test_a_file_that_dali_alone_cant_decode_is_replaced_too(damageable_index):
+    dali = pytest.importorskip("nvidia.dali")
+    victim = 7
+    with Image.open(damageable_index.file(victim)) as image:
+        image.save(Path(damageable_index.file(victim)), format="GIF")
+    assert dali and damageable_index.read_image(victim)
+    with train_loader(damageable_index, "dali", batch_size=48) as loader:
+        next(loader.batches(0, 1))
+        assert loader.bad.keys() == {victim} and loader.bad[victim].startswith("DALI: ")
 
 
 def test_a_bad_replacement_is_replaced_too(damageable_index, loader_name):
@@ -166,6 +181,28 @@ def test_evaluation_names_a_damaged_file(damageable_index, loader_name):
     rescanned = scan_images(damageable_index.root, workers=1)
     with pytest.raises(DataError, match=rf"1 images can't be decoded: {damageable_index.paths[11]};"):
         build_eval_loader(rescanned, **options)
+
+
+def test_a_continued_run_keeps_its_list(damageable_index, tmp_path):
+    root, output_dir = damageable_index.root, tmp_path / "run"
+    config = parse(DistillConfig, distill_flags(root, "none", output_dir, max_bad_files=0.05), "train.py")
+    output_dir.mkdir()
+    damageable_index.save(output_dir / training.INDEX)
+    file = damageable_index.file(7)
+    content = Path(file).read_bytes()
+    os.truncate(file, 500)
+    now = training._find_images(config, resumed=True)
+    assert now.paths == damageable_index.paths and now.damaged == {}, "found when it is read"
+    assert len(training._find_images(config, resumed=False)) == 47
+    assert training._still_bad(now, now.paths[6:9]).keys() == {7}
+    Path(file).write_bytes(content)
+    assert training._still_bad(now, now.paths[6:9]) == {}, "repaired"
+    assert pack.main([str(root), str(tmp_path / "packed"), "--workers=1"]) == 0
+    shards = training._find_images(dataclasses.replace(config, data_path=str(tmp_path / "packed")), resumed=True)
+    assert shards.paths == now.paths and shards.shards
+    os.remove(file)
+    with pytest.raises(InputError, match="holds 47 images, not the 48 that this run began with"):
+        training._find_images(config, resumed=True)
 
 
 def run_two_ranks(*flags):
@@ -207,6 +244,8 @@ def test_a_run_replaces_and_names_damaged_files_until_they_are_too_many(world, o
         )
         assert f"{INSIDE} (image file is truncated" in output and "Traceback" not in output
     before = named()
+    checkpoint = latest_checkpoint(tmp_path / "run") / "deepspeed" / "mp_rank_00_model_states.pt"
+    assert dict(before).keys() == torch.load(checkpoint, weights_only=False)["bad_files"].keys()
     assert sorted(before) == sorted([*DAMAGED.items(), (INSIDE, "image file is truncated")])
 
     codes, outputs = run_two_ranks(*flags(max_bad_files=0.1, loader="torchvision"))

@@ -84,12 +84,17 @@ class ImageIndex:
         """(bytes,) uint8, the stored file of a sample; of a shard, read-only and without a copy.
 
         Raises:
+            ImageError: the file can't be read; names it.
             DataError: the shard is missing or truncated; names it.
-            OSError: the file can't be read.
         """
         if self.shards:
             return self._maps.view(*self.spans[sample_id].tolist(), int(self.num_bytes[sample_id]))
-        return np.fromfile(self.file(sample_id), dtype=np.uint8)
+        try:
+            return np.fromfile(self.file(sample_id), dtype=np.uint8)
+        except OSError as error:
+            raise ImageError(
+                f"got {self.file(sample_id)}, which can't be read: {error.strerror}", error.strerror
+            ) from error
 
     @cached_property
     def _maps(self) -> ShardMaps:

@@ -68,7 +68,7 @@ def pack(
     """Write the shards, manifest and index of a data set; shards that are complete already are kept.
 
     Args:
-        src: image folder, or an index of one.
+        src: image folder, or one of train/ and val/.
         dst: folder to fill.
         short_side: pixels; larger images are resized to it. None copies all.
         quality: of resized JPEGs.
