@@ -18,7 +18,9 @@ def config(tmp_path=None, content=None, **kwargs):
 
 def test_own_configuration():
     ours = deepspeed_config(config(zero_stage=2, clip_grad=1.0, gradient_accumulation_steps=2), world_size=4)
-    assert ours["zero_optimization"] == {"stage": 2} and ours["bf16"] == {"enabled": True}
+    assert ours["zero_optimization"] == {"stage": 2, "round_robin_gradients": False} and ours["bf16"] == {
+        "enabled": True
+    }
     assert ours["train_micro_batch_size_per_gpu"] == 8 and ours["gradient_clipping"] == 1.0
     assert ours["data_types"] == {"grad_accum_dtype": "fp32"}
 
@@ -35,7 +37,7 @@ def test_a_users_file_is_merged(tmp_path):
         "comms_logger": {"enabled": True},
     }
     merged = deepspeed_config(config(tmp_path, theirs), world_size=2)
-    assert merged["zero_optimization"] == theirs["zero_optimization"]
+    assert merged["zero_optimization"] == {**theirs["zero_optimization"], "round_robin_gradients": False}
     assert merged["train_batch_size"] == 64 and merged["comms_logger"] == {"enabled": True}
     assert merged["bf16"] == {"enabled": True}
 
@@ -52,6 +54,10 @@ def test_a_users_file_is_merged(tmp_path):
         ({"fp16": {"enabled": True}}, "fp16.enabled is True, but this run has False; leave it out"),
         ({"gradient_clipping": 1.0}, "make --clip-grad equal"),
         ({"zero_optimization": 2}, "zero_optimization is 2"),
+        (
+            {"zero_optimization": {"round_robin_gradients": True}},
+            "round_robin_gradients is True, but this run has False",
+        ),
         ({"optimizer": {"type": "Adam"}}, "'optimizer' is set by"),
         ("[1]", "can't be read"),
         ("{", "can't be read"),

@@ -122,7 +122,8 @@ def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": accum,
         "gradient_clipping": config.clip_grad,
-        "zero_optimization": {"stage": config.zero_stage},
+        # round_robin_gradients on two ranks: safe_get_full_fp32_param gave other weights' values (DeepSpeed 0.19.8)
+        "zero_optimization": {"stage": config.zero_stage, "round_robin_gradients": False},
         "bf16": {"enabled": config.bf16},
         "fp16": {"enabled": False},
         "data_types": {"grad_accum_dtype": "fp32"},
