@@ -23,10 +23,11 @@ NORMALIZE = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
 @pytest.fixture
 def root(sample_root, tmp_path):
-    """The drawn folder, one name with dots."""
+    """The drawn folder, two names with dots and signs whose order changes where dots are written as %2E."""
     shutil.copytree(sample_root, tmp_path / "images")
     folder = tmp_path / "images" / "train" / "disc"
     (folder / "00000.jpg").rename(folder / "a.50%.b.jpg")
+    (folder / "00001.jpg").rename(folder / "a+b.jpg")
     return tmp_path / "images"
 
 
@@ -67,7 +68,7 @@ def test_training_takes_the_index_of_a_folder(root, tmp_path, monkeypatch, caplo
 
 def test_folders_that_changed_since_the_scan_are_named(root, caplog):
     scan([str(root), "--workers=1"])
-    shutil.copy(root / "train" / "disc" / "00001.jpg", root / "train" / "disc" / "new.jpg")
+    shutil.copy(root / "train" / "disc" / "00002.jpg", root / "train" / "disc" / "new.jpg")
     find_images(root)
     assert "changed since the scan, so new files are missed: disc;" in caplog.text
 
