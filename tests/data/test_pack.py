@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import resource
 import shutil
 import tarfile
 
@@ -201,6 +202,19 @@ def test_foreign_shards(tmp_path):
     foreign_shard(tmp_path / "no" / "1.tar", [None, 5])
     with pytest.raises(DataError, match=r"no/0\.tar, where 0_0\.jpg has no label though others have"):
         find_images(tmp_path / "no")
+
+
+def test_more_shards_than_files_may_be_open(tmp_path):
+    for i in range(40):
+        foreign_shard(tmp_path / f"{i}.tar", [i])
+    index = find_images(tmp_path, workers=1)
+    taken = set(map(int, os.listdir("/dev/fd")))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (sorted(set(range(1000)) - taken)[20], hard))
+        assert len({index.encoded(i).tobytes() for i in range(40)}) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 @pytest.mark.parametrize("cut", [700, 11000, 20000])
