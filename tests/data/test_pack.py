@@ -5,7 +5,10 @@ import json
 import os
 import resource
 import shutil
+import subprocess
+import sys
 import tarfile
+import time
 
 import numpy as np
 import pytest
@@ -230,3 +233,20 @@ def test_a_truncated_shard_is_named(packed, loader_name, cut):
         pytest.raises(DataError, match=r"^got shard .*train-000001\.tar of .* truncated"),
     ):
         next(loader.batches(0, 1))
+
+
+def test_a_killed_program_leaves_no_processes():
+    code = """
+import os, time
+from tinymim_fast.data.index import in_parallel
+def work(i):
+    print(i, flush=True)
+    time.sleep(100)
+list(in_parallel(work, [0, 1], 2, None))
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+        assert {process.stdout.readline() for _ in range(2)} == {"0\n", "1\n"}
+        process.kill()
+        began = time.monotonic()
+        process.stdout.read()  # ends when nobody holds the other end
+    assert time.monotonic() - began < 50

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import os
+import threading
 import time
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
@@ -390,8 +392,18 @@ def in_parallel(
     if len(parts) == 1 or workers <= 1:
         yield from watch(map(work, parts), len(parts))
         return
-    with ProcessPoolExecutor(min(workers, len(parts))) as pool:
+    with ProcessPoolExecutor(min(workers, len(parts)), initializer=_end_with_parent) as pool:
         yield from watch(pool.map(work, parts), len(parts))
+
+
+def _end_with_parent() -> None:
+    """End this process when the one that started it is killed: a pool's would wait for work for ever."""
+
+    def watch() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _inspect_all(paths: list[str]) -> list[Header]:
