@@ -94,7 +94,7 @@ def test_processes_find_the_same(sample_root, sample_index, monkeypatch):
     assert same_index(scan_images(sample_root, split="train", workers=2), sample_index)
 
 
-def test_a_pack_gives_the_folders_batches(root, packed, loader_name):
+def test_a_pack_gives_the_folders_batches(root, packed, loader_name, device):
     folder, shards = find_images(root, workers=1), find_images(packed)
     assert same_index(folder, shards) and len(shards.shards) == 3
     for i in (0, 17):
@@ -102,7 +102,15 @@ def test_a_pack_gives_the_folders_batches(root, packed, loader_name):
     for rank in range(2):
         ours = []
         for index in (folder, shards):
-            options = {"batch_size": 4, "img_size": 64, "views": 2, "seed": 1, "workers": 2, **NORMALIZE}
+            options = {
+                "batch_size": 4,
+                "img_size": 64,
+                "views": 2,
+                "seed": 1,
+                "device": device,
+                "workers": 2,
+                **NORMALIZE,
+            }
             with build_loader(index, loader=loader_name, rank=rank, world_size=2, **options) as loader:
                 ours.append([torch.stack(views) for views in loader.batches(0, 7)])
         assert len(ours[0]) == 7 and all(torch.equal(a, b) for a, b in zip(*ours))
