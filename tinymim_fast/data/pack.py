@@ -39,7 +39,8 @@ MANIFEST = "manifest.json"
 _EPILOG = """\
 Shards are DST/train-000000.tar and so on, with <key>.jpg and <key>.cls for each image; keys are the paths in SRC, "." as
 %2E. Their images are shuffled, once, so that they can be streamed too. DST/manifest.json holds class names, and count and
-SHA-256 of each shard; DST/index.npz where each image lies. --data-path DST trains with the order and the crops of SRC.
+SHA-256 of each shard; DST/index.npz where each image lies. --data-path DST trains in the order of SRC, and with its crops
+where nothing was resized.
 
 A pack that was cut off goes on with the same command. Damaged images are left out and named. With --short-side, larger
 images are resized as for evaluation (bicubic, antialiased) and stored as RGB JPEG without EXIF; others are copied byte
@@ -261,14 +262,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("src", type=Path, help="image folder, or one of train/ and val/")
-    parser.add_argument("dst", type=Path, help="new folder for the shards")
+    parser.add_argument("src", type=Path, nargs="?", help="image folder, or one of train/ and val/")
+    parser.add_argument("dst", type=Path, help="new folder for the shards, or one to go on with")
     parser.add_argument("--short-side", type=int, help="resize larger images to this short side, pixels")
     parser.add_argument("--quality", type=int, default=95, help="of resized JPEGs, 1 to 95 (default: 95)")
     parser.add_argument("--max-count", type=int, default=10_000, help="images in a shard (default: 10000)")
     parser.add_argument("--shard-size", type=int, default=1000, help="MB of images in a shard (default: 1000)")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: one a core)")
-    parser.add_argument("--verify", action="store_true", help="then compare each shard with its checksum")
+    parser.add_argument("--verify", action="store_true", help="compare each shard with its checksum; needs DST alone")
     args = parser.parse_args(argv)
     try:
         for name in ("short_side", "quality", "max_count", "shard_size", "workers"):
@@ -277,21 +278,24 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise DataError(
                     f"got --{name.replace('_', '-')} {value}, want {'1 to 95' if name == 'quality' else 'more than 0'}"
                 )
-        pack(
-            args.src,
-            args.dst,
-            short_side=args.short_side,
-            quality=args.quality,
-            max_count=args.max_count,
-            shard_size=args.shard_size,
-            workers=args.workers,
-        )
+        if args.src is not None:
+            pack(
+                args.src,
+                args.dst,
+                short_side=args.short_side,
+                quality=args.quality,
+                max_count=args.max_count,
+                shard_size=args.shard_size,
+                workers=args.workers,
+            )
+            print(f"packed: {args.dst}; train with --data-path {args.dst}")
+        elif not args.verify:
+            raise DataError(f"got {args.dst} alone, want SRC DST, or --verify")
         if args.verify:
             verify(args.dst, workers=args.workers)
     except DataError as error:
         print(f"pack: {error}", file=sys.stderr)
         return EXIT_INPUT
-    print(f"packed: {args.dst}; train with --data-path {args.dst}")
     return 0
 
 
