@@ -50,10 +50,10 @@ for byte.
 
 @dataclasses.dataclass(frozen=True)
 class _Job:
-    """One shard to write: its samples of `index`, in this order."""
+    """One shard to write: its name and its images, in its order."""
 
     name: str
-    sample_ids: np.ndarray
+    images: ImageIndex
 
 
 def pack(
@@ -97,7 +97,7 @@ def pack(
         done = _begin(dst, manifest)
         for split, index in sources.items():
             jobs = [job for job in _jobs(split, index, max_count, 10**6 * shard_size) if job.name not in done]
-            write = partial(_write_shard, index=index, dst=dst, **options)
+            write = partial(_write_shard, dst=dst, **options)
             for job, entry in zip(jobs, in_parallel(write, jobs, workers, _bar)):
                 done[job.name] = entry
                 _write_manifest(dst, manifest, done)
@@ -133,17 +133,31 @@ def _jobs(split: str, index: ImageIndex, max_count: int, max_bytes: int) -> list
     order = epoch_order(len(index), seed=0, epoch=0)
     for end, num_bytes in enumerate(index.num_bytes[order].tolist()):
         if end > start and (end - start == max_count or size + num_bytes > max_bytes):
-            jobs.append(_Job(f"{split}-{len(jobs):06d}.tar", order[start:end]))
+            jobs.append(_Job(f"{split}-{len(jobs):06d}.tar", _part(index, order[start:end])))
             start, size = end, 0
         size += num_bytes
-    return [*jobs, _Job(f"{split}-{len(jobs):06d}.tar", order[start:])]
+    return [*jobs, _Job(f"{split}-{len(jobs):06d}.tar", _part(index, order[start:]))]
 
 
-def _write_shard(job: _Job, *, index: ImageIndex, dst: Path, short_side: int | None, quality: int | None) -> dict:
+def _part(index: ImageIndex, sample_ids: np.ndarray) -> ImageIndex:
+    """Some of the images; small, to be sent to another process."""
+    return ImageIndex(
+        root=index.root,
+        paths=[index.paths[i] for i in sample_ids],
+        labels=index.labels[sample_ids],
+        class_names=(),
+        sizes=index.sizes[sample_ids],
+        num_bytes=index.num_bytes[sample_ids],
+        shards=index.shards,
+        spans=None if index.spans is None else index.spans[sample_ids],
+    )
+
+
+def _write_shard(job: _Job, *, dst: Path, short_side: int | None, quality: int | None) -> dict:
     """One shard, under a temporary name until it is whole; returns its entry in the manifest."""
-    final, temporary = dst / job.name, dst / f"{job.name}.tmp"
+    index, final, temporary = job.images, dst / job.name, dst / f"{job.name}.tmp"
     with tarfile.open(temporary, "w") as tar:
-        for i in job.sample_ids.tolist():
+        for i in range(len(index)):
             name = _member_name(index, i, short_side)
             content = _resized(index, i, short_side, quality) if _is_large(index, i, short_side) else index.encoded(i)
             for ending, data in ((None, content), ("cls", str(index.labels[i]).encode())):
@@ -151,7 +165,7 @@ def _write_shard(job: _Job, *, index: ImageIndex, dst: Path, short_side: int | N
                 member.size = len(data)
                 tar.addfile(member, io.BytesIO(data))
     entry = {
-        "num_images": len(job.sample_ids),
+        "num_images": len(index),
         "num_bytes": temporary.stat().st_size,
         "sha256": _checksum(temporary),
     }
