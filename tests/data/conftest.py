@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from tinymim_fast.data import draw_sample_folder, scan_images
@@ -20,6 +21,20 @@ REAL_IMAGES = Path(
 def loader_name(request):
     """Each installed loader in turn."""
     pytest.importorskip({"dali": "nvidia.dali", "torchvision": "torchvision"}[request.param])
+    return request.param
+
+
+@pytest.fixture(
+    params=[
+        "cpu",
+        pytest.param(
+            "cuda:0",
+            marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")],
+        ),
+    ]
+)
+def device(request):
+    """Where views are wanted: on a GPU, DALI decodes there."""
     return request.param
 
 

@@ -38,7 +38,7 @@ def train_loader(index, loader_name, **changes):
 
 
 def copies(batches):
-    return [torch.stack(views) for views in batches]
+    return [torch.stack(views).cpu() for views in batches]
 
 
 def test_scan_tells_each_kind(odd_root):
@@ -94,9 +94,9 @@ def damageable_index(sample_root, tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["truncated", "missing", "changed"])
-def test_a_damaged_file_costs_its_sample_alone(damageable_index, loader_name, damage):
-    index = damageable_index
-    with train_loader(index, loader_name, scale=(1, 1), ratio=(1, 1)) as loader:
+def test_a_damaged_file_costs_its_sample_alone(damageable_index, loader_name, device, damage):
+    index, options = damageable_index, {"device": device, "scale": (1, 1), "ratio": (1, 1)}
+    with train_loader(index, loader_name, **options) as loader:
         sound = copies(loader.batches(0, 12))
         victim = int(loader.plan.sample_ids(3)[5])
     file = index.file(victim)
@@ -106,10 +106,10 @@ def test_a_damaged_file_costs_its_sample_alone(damageable_index, loader_name, da
         os.remove(file)
     else:
         Image.new("RGB", (40, 40)).save(file)
-    with train_loader(index, loader_name, scale=(1, 1), ratio=(1, 1)) as loader:
+    with train_loader(index, loader_name, **options) as loader:
         found = []
         for views in loader.batches(0, 12):
-            found.append((torch.stack(views), dict(loader.bad)))
+            found.append((torch.stack(views).cpu(), dict(loader.bad)))
         reason = {
             "truncated": "truncated",
             "missing": "No such file",
@@ -129,9 +129,7 @@ def test_a_damaged_file_costs_its_sample_alone(damageable_index, loader_name, da
     # A loader that knows, a later start and two ranks have the same.
     parts = []
     for rank in range(2):
-        with train_loader(
-            index, loader_name, batch_size=4, rank=rank, world_size=2, scale=(1, 1), ratio=(1, 1)
-        ) as loader:
+        with train_loader(index, loader_name, batch_size=4, rank=rank, world_size=2, **options) as loader:
             if rank == 0:
                 loader.bad[victim] = "known"
             parts.append(copies(loader.batches(3, 2)))
@@ -171,9 +169,10 @@ def test_an_unmounted_folder_ends_the_run(damageable_index, loader_name):
         next(loader.batches(0, 1))
 
 
-def test_evaluation_names_a_damaged_file(damageable_index, loader_name):
+def test_evaluation_names_a_damaged_file(damageable_index, loader_name, device):
     victim = damageable_index.file(11)
     options = {"loader": loader_name, "batch_size": 8, "img_size": 64, "resize_size": 73, "workers": 2, **NORMALIZE}
+    options["device"] = device
     os.truncate(victim, os.path.getsize(victim) // 2)
     with build_eval_loader(damageable_index, **options) as loader, pytest.raises(DataError) as caught:
         list(loader)

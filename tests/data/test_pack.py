@@ -1,9 +1,14 @@
 """scan and pack from the command line, and training from what they write."""
 
+import contextlib
 import io
 import json
 import os
+import resource
 import shutil
+import signal
+import subprocess
+import sys
 import tarfile
 
 import numpy as np
@@ -23,10 +28,11 @@ NORMALIZE = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
 @pytest.fixture
 def root(sample_root, tmp_path):
-    """The drawn folder, one name with dots."""
+    """The drawn folder, two names with dots and signs whose order changes where dots are written as %2E."""
     shutil.copytree(sample_root, tmp_path / "images")
     folder = tmp_path / "images" / "train" / "disc"
     (folder / "00000.jpg").rename(folder / "a.50%.b.jpg")
+    (folder / "00001.jpg").rename(folder / "a+b.jpg")
     return tmp_path / "images"
 
 
@@ -67,7 +73,7 @@ def test_training_takes_the_index_of_a_folder(root, tmp_path, monkeypatch, caplo
 
 def test_folders_that_changed_since_the_scan_are_named(root, caplog):
     scan([str(root), "--workers=1"])
-    shutil.copy(root / "train" / "disc" / "00001.jpg", root / "train" / "disc" / "new.jpg")
+    shutil.copy(root / "train" / "disc" / "00002.jpg", root / "train" / "disc" / "new.jpg")
     find_images(root)
     assert "changed since the scan, so new files are missed: disc;" in caplog.text
 
@@ -88,7 +94,7 @@ def test_processes_find_the_same(sample_root, sample_index, monkeypatch):
     assert same_index(scan_images(sample_root, split="train", workers=2), sample_index)
 
 
-def test_a_pack_gives_the_folders_batches(root, packed, loader_name):
+def test_a_pack_gives_the_folders_batches(root, packed, loader_name, device):
     folder, shards = find_images(root, workers=1), find_images(packed)
     assert same_index(folder, shards) and len(shards.shards) == 3
     for i in (0, 17):
@@ -96,7 +102,15 @@ def test_a_pack_gives_the_folders_batches(root, packed, loader_name):
     for rank in range(2):
         ours = []
         for index in (folder, shards):
-            options = {"batch_size": 4, "img_size": 64, "views": 2, "seed": 1, "workers": 2, **NORMALIZE}
+            options = {
+                "batch_size": 4,
+                "img_size": 64,
+                "views": 2,
+                "seed": 1,
+                "device": device,
+                "workers": 2,
+                **NORMALIZE,
+            }
             with build_loader(index, loader=loader_name, rank=rank, world_size=2, **options) as loader:
                 ours.append([torch.stack(views) for views in loader.batches(0, 7)])
         assert len(ours[0]) == 7 and all(torch.equal(a, b) for a, b in zip(*ours))
@@ -150,12 +164,14 @@ def test_a_cut_off_pack_goes_on(root, packed, tmp_path, capsys):
     assert "holds something else" in capsys.readouterr().err
 
 
-def test_verify_names_a_changed_shard(packed):
+def test_verify_names_a_changed_shard(packed, capsys):
     content = bytearray((packed / "val-000000.tar").read_bytes())
     content[2000] ^= 1
     (packed / "val-000000.tar").write_bytes(content)
-    with pytest.raises(DataError, match=r"not what was packed: val-000000\.tar;"):
-        verify(packed, workers=1)
+    assert pack([str(packed), "--verify", "--workers=1"]) == EXIT_INPUT
+    assert "not what was packed: val-000000.tar;" in capsys.readouterr().err
+    assert pack([str(packed)]) == EXIT_INPUT
+    assert "want SRC DST, or --verify" in capsys.readouterr().err
 
 
 def test_resized_pack(tmp_path):
@@ -202,6 +218,19 @@ def test_foreign_shards(tmp_path):
         find_images(tmp_path / "no")
 
 
+def test_more_shards_than_files_may_be_open(tmp_path):
+    for i in range(40):
+        foreign_shard(tmp_path / f"{i}.tar", [i])
+    index = find_images(tmp_path, workers=1)
+    taken = set(map(int, os.listdir("/dev/fd")))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (sorted(set(range(1000)) - taken)[20], hard))
+        assert len({index.encoded(i).tobytes() for i in range(40)}) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
 @pytest.mark.parametrize("cut", [700, 11000, 20000])
 def test_a_truncated_shard_is_named(packed, loader_name, cut):
     index = find_images(packed)
@@ -209,9 +238,32 @@ def test_a_truncated_shard_is_named(packed, loader_name, cut):
     os.truncate(victim, cut)
     with pytest.raises(DataError, match=r"shard .*train-000001\.tar, which is damaged or truncated"):
         scan_images(packed, split="train", workers=1)
+    with pytest.raises(DataError, match=r"truncated or changed since the scan: train-000001\.tar;"):
+        find_images(packed)
     options = {"batch_size": 48, "img_size": 64, "views": 1, "seed": 1, "workers": 1, **NORMALIZE}
     with (
         build_loader(index, loader=loader_name, **options) as loader,
         pytest.raises(DataError, match=r"^got shard .*train-000001\.tar of .* truncated"),
     ):
         next(loader.batches(0, 1))
+
+
+def test_a_killed_program_leaves_no_processes():
+    code = """
+import os, time
+from tinymim_fast.data.index import in_parallel
+def work(i):
+    print(os.getpid(), flush=True)
+    time.sleep(100)
+list(in_parallel(work, [0, 1], 2, None))
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    workers = [int(process.stdout.readline()) for _ in range(2)]
+    process.kill()
+    try:
+        process.communicate(timeout=20)  # ends when nobody holds the other end
+    finally:
+        process.stdout.close()
+        for pid in workers:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)

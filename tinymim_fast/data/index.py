@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import os
+import threading
 import time
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
@@ -49,7 +51,8 @@ class ImageIndex:
         formats, modes: (n,) str, PIL's.
         shards: names of the tar files, relative to `root`; none for a folder.
         spans: (n, 2) int64, shard and position in it in bytes; None for a folder.
-        stamps: modification times, in ns, of the class folders or shards when they were scanned.
+        stamps: by which a change since the scan shows: modification times of the class folders in ns, or sizes of the
+            shards in bytes.
     """
 
     root: Path
@@ -246,6 +249,11 @@ def _check_stamps(index: ImageIndex, file: Path) -> None:
     if not index.root.is_dir():
         raise DataError(f"got {file}, which lists images of {index.root}, which is no folder; scan where they are now")
     changed = [name for name, stamp in index.stamps.items() if _stamp(index.root / name) != stamp]
+    if changed and index.shards:
+        raise DataError(
+            f"got shards in {index.root} that are missing, truncated or changed since the scan: {name_some(changed)}; copy "
+            "or pack them again, or scan again"
+        )
     if changed:
         log.warning(
             "%s: changed since the scan, so new files are missed: %s; run python -m tinymim_fast.data.scan again",
@@ -256,9 +264,10 @@ def _check_stamps(index: ImageIndex, file: Path) -> None:
 
 def _stamp(path: Path) -> int | None:
     try:
-        return path.stat().st_mtime_ns
+        found = path.stat()
     except OSError:
         return None
+    return found.st_mtime_ns if path.is_dir() else found.st_size
 
 
 def scan_images(
@@ -390,8 +399,18 @@ def in_parallel(
     if len(parts) == 1 or workers <= 1:
         yield from watch(map(work, parts), len(parts))
         return
-    with ProcessPoolExecutor(min(workers, len(parts))) as pool:
+    with ProcessPoolExecutor(min(workers, len(parts)), initializer=_end_with_parent) as pool:
         yield from watch(pool.map(work, parts), len(parts))
+
+
+def _end_with_parent() -> None:
+    """End this process when the one that started it is killed: a pool's would wait for work for ever."""
+
+    def watch() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _inspect_all(paths: list[str]) -> list[Header]:

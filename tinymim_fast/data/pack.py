@@ -39,7 +39,8 @@ MANIFEST = "manifest.json"
 _EPILOG = """\
 Shards are DST/train-000000.tar and so on, with <key>.jpg and <key>.cls for each image; keys are the paths in SRC, "." as
 %2E. Their images are shuffled, once, so that they can be streamed too. DST/manifest.json holds class names, and count and
-SHA-256 of each shard; DST/index.npz where each image lies. --data-path DST trains with the order and the crops of SRC.
+SHA-256 of each shard; DST/index.npz where each image lies. --data-path DST trains in the order of SRC, and with its crops
+where nothing was resized.
 
 A pack that was cut off goes on with the same command. Damaged images are left out and named. With --short-side, larger
 images are resized as for evaluation (bicubic, antialiased) and stored as RGB JPEG without EXIF; others are copied byte
@@ -49,10 +50,10 @@ for byte.
 
 @dataclasses.dataclass(frozen=True)
 class _Job:
-    """One shard to write: its samples of `index`, in this order."""
+    """One shard to write: its name and its images, in its order."""
 
     name: str
-    sample_ids: np.ndarray
+    images: ImageIndex
 
 
 def pack(
@@ -96,7 +97,7 @@ def pack(
         done = _begin(dst, manifest)
         for split, index in sources.items():
             jobs = [job for job in _jobs(split, index, max_count, 10**6 * shard_size) if job.name not in done]
-            write = partial(_write_shard, index=index, dst=dst, **options)
+            write = partial(_write_shard, dst=dst, **options)
             for job, entry in zip(jobs, in_parallel(write, jobs, workers, _bar)):
                 done[job.name] = entry
                 _write_manifest(dst, manifest, done)
@@ -132,17 +133,31 @@ def _jobs(split: str, index: ImageIndex, max_count: int, max_bytes: int) -> list
     order = epoch_order(len(index), seed=0, epoch=0)
     for end, num_bytes in enumerate(index.num_bytes[order].tolist()):
         if end > start and (end - start == max_count or size + num_bytes > max_bytes):
-            jobs.append(_Job(f"{split}-{len(jobs):06d}.tar", order[start:end]))
+            jobs.append(_Job(f"{split}-{len(jobs):06d}.tar", _part(index, order[start:end])))
             start, size = end, 0
         size += num_bytes
-    return [*jobs, _Job(f"{split}-{len(jobs):06d}.tar", order[start:])]
+    return [*jobs, _Job(f"{split}-{len(jobs):06d}.tar", _part(index, order[start:]))]
 
 
-def _write_shard(job: _Job, *, index: ImageIndex, dst: Path, short_side: int | None, quality: int | None) -> dict:
+def _part(index: ImageIndex, sample_ids: np.ndarray) -> ImageIndex:
+    """Some of the images; small, to be sent to another process."""
+    return ImageIndex(
+        root=index.root,
+        paths=[index.paths[i] for i in sample_ids],
+        labels=index.labels[sample_ids],
+        class_names=(),
+        sizes=index.sizes[sample_ids],
+        num_bytes=index.num_bytes[sample_ids],
+        shards=index.shards,
+        spans=None if index.spans is None else index.spans[sample_ids],
+    )
+
+
+def _write_shard(job: _Job, *, dst: Path, short_side: int | None, quality: int | None) -> dict:
     """One shard, under a temporary name until it is whole; returns its entry in the manifest."""
-    final, temporary = dst / job.name, dst / f"{job.name}.tmp"
+    index, final, temporary = job.images, dst / job.name, dst / f"{job.name}.tmp"
     with tarfile.open(temporary, "w") as tar:
-        for i in job.sample_ids.tolist():
+        for i in range(len(index)):
             name = _member_name(index, i, short_side)
             content = _resized(index, i, short_side, quality) if _is_large(index, i, short_side) else index.encoded(i)
             for ending, data in ((None, content), ("cls", str(index.labels[i]).encode())):
@@ -150,7 +165,7 @@ def _write_shard(job: _Job, *, index: ImageIndex, dst: Path, short_side: int | N
                 member.size = len(data)
                 tar.addfile(member, io.BytesIO(data))
     entry = {
-        "num_images": len(job.sample_ids),
+        "num_images": len(index),
         "num_bytes": temporary.stat().st_size,
         "sha256": _checksum(temporary),
     }
@@ -261,14 +276,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("src", type=Path, help="image folder, or one of train/ and val/")
-    parser.add_argument("dst", type=Path, help="new folder for the shards")
+    parser.add_argument("src", type=Path, nargs="?", help="image folder, or one of train/ and val/")
+    parser.add_argument("dst", type=Path, help="new folder for the shards, or one to go on with")
     parser.add_argument("--short-side", type=int, help="resize larger images to this short side, pixels")
     parser.add_argument("--quality", type=int, default=95, help="of resized JPEGs, 1 to 95 (default: 95)")
     parser.add_argument("--max-count", type=int, default=10_000, help="images in a shard (default: 10000)")
     parser.add_argument("--shard-size", type=int, default=1000, help="MB of images in a shard (default: 1000)")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: one a core)")
-    parser.add_argument("--verify", action="store_true", help="then compare each shard with its checksum")
+    parser.add_argument("--verify", action="store_true", help="compare each shard with its checksum; needs DST alone")
     args = parser.parse_args(argv)
     try:
         for name in ("short_side", "quality", "max_count", "shard_size", "workers"):
@@ -277,21 +292,24 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise DataError(
                     f"got --{name.replace('_', '-')} {value}, want {'1 to 95' if name == 'quality' else 'more than 0'}"
                 )
-        pack(
-            args.src,
-            args.dst,
-            short_side=args.short_side,
-            quality=args.quality,
-            max_count=args.max_count,
-            shard_size=args.shard_size,
-            workers=args.workers,
-        )
+        if args.src is not None:
+            pack(
+                args.src,
+                args.dst,
+                short_side=args.short_side,
+                quality=args.quality,
+                max_count=args.max_count,
+                shard_size=args.shard_size,
+                workers=args.workers,
+            )
+            print(f"packed: {args.dst}; train with --data-path {args.dst}")
+        elif not args.verify:
+            raise DataError(f"got {args.dst} alone, want SRC DST, or --verify")
         if args.verify:
             verify(args.dst, workers=args.workers)
     except DataError as error:
         print(f"pack: {error}", file=sys.stderr)
         return EXIT_INPUT
-    print(f"packed: {args.dst}; train with --data-path {args.dst}")
     return 0
 
 

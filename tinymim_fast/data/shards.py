@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import mmap
 import os
+import resource
 import tarfile
 from pathlib import Path
 from typing import NamedTuple
@@ -81,6 +82,11 @@ class ShardMaps:
     def __init__(self, root: str | Path, names: tuple[str, ...]):
         self.root, self.names = root, names
         self._maps: dict[int, np.ndarray] = {}
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)  # Python keeps a file descriptor for each map
+        wanted = soft + len(names)
+        resource.setrlimit(
+            resource.RLIMIT_NOFILE, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard)
+        )
 
     def __reduce__(self):
         return ShardMaps, (self.root, self.names)
