@@ -9,6 +9,7 @@ import math
 import platform
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, is_dataclass
@@ -19,6 +20,9 @@ import torch
 import triton
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
+
+# A checkout needs no installation; where one is installed, that is what is measured.
+sys.path.append(str(Path(__file__).parent.parent))
 
 # Roundings of the dtype that no computation avoids, relative to the largest entry of the exact result; as in the tests.
 FLOORS = {torch.float64: 1e-14, torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}

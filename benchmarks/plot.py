@@ -65,6 +65,7 @@ NUMERIC = {
 }
 # Column that names the groups of bars, of the other sweeps.
 GROUPS = {"presets": ("preset", "ViT-{}"), "layout": ("layout", "{}"), "dtype": ("dtype", "{}")}
+PLAIN = FuncFormatter(lambda value, _: f"{value:,g}")
 MODES = {"forward": "forward", "forward_backward": "forward + backward"}
 
 
@@ -169,8 +170,8 @@ def bars(rows: Rows, quantity: Quantity, column: str, name: str) -> Figure:
         axes.grid(axis="y", visible=False)
         axes.set_xlabel(quantity.label + ("; lines: 20th to 80th percentile" if quantity.column == "step_ms" else ""))
         axes.set_title(MODES[mode], loc="left", fontsize=11, color=INK)
-        if quantity.column == "floor_share":
-            axes.xaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=0))
+        percent = quantity.column == "floor_share"
+        axes.xaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=0) if percent else PLAIN)
     return figure
 
 
@@ -196,7 +197,7 @@ def by_provider(rows: Rows) -> list[str]:
 def scale_y(axes: Axes, quantity: Quantity) -> None:
     if quantity.log:
         axes.set_yscale("log")
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+        axes.yaxis.set_major_formatter(PLAIN)
     else:
         axes.set_ylim(0, max(1.0, axes.get_ylim()[1]))
         axes.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=0))
@@ -245,7 +246,7 @@ def high(cluster: Sequence[float], gap: float) -> float:
 
 def blank(rows: Rows, *, width: float, height: float, num_axes: int, fixed_but: str) -> tuple[Figure, list[Axes]]:
     """A figure with what is the same in all rows above, and machine and versions below."""
-    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
+    figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     figure.get_layout_engine().set(rect=(0.005, 0.24 / height, 0.99, 1 - 0.78 / height))
     all_axes = [figure.add_subplot(1, num_axes, i + 1) for i in range(num_axes)]

@@ -1,5 +1,7 @@
 """What the relation losses cannot avoid, and how fast a GPU can do it: the roofs of relation_loss.py.
 
+python benchmarks/roofs.py      # prints the floors of NOTES.md; needs no GPU
+
 Per image and head, with N tokens, head widths D_s and D_t, and `itemsize` bytes a number:
 
     bytes          reads: p N (D_s + D_t), and for the gradient writes p N D_s; p is 2 for QK, 1 for VV, QQ and KK
@@ -81,14 +83,15 @@ class Rates:
         )
 
 
-# By a part of torch.cuda.get_device_name, the more special name first.
+# By a part of torch.cuda.get_device_name; a GPU that is not here brings its own clock.
 GPUS = {
-    "B200": Gpu(num_sms=148, clock_mhz=1965, memory_gb_per_s=8000, bf16_tflop_per_s=2250, source="HGX B200 data sheet"),
-    "H200": Gpu(num_sms=132, clock_mhz=1980, memory_gb_per_s=4800, bf16_tflop_per_s=989.4, source="H200 data sheet"),
+    "NVIDIA H200": Gpu(
+        num_sms=132, clock_mhz=1980, memory_gb_per_s=4800, bf16_tflop_per_s=989.4, source="H200 data sheet"
+    ),
     "H100 PCIe": Gpu(
         num_sms=114, clock_mhz=1755, memory_gb_per_s=2000, bf16_tflop_per_s=756, source="H100 PCIe data sheet"
     ),
-    "H100": Gpu(
+    "H100 80GB HBM3": Gpu(
         num_sms=132, clock_mhz=1980, memory_gb_per_s=3350, bf16_tflop_per_s=989.4, source="H100 SXM data sheet"
     ),
     "A100-SXM4-80GB": Gpu(
@@ -204,3 +207,19 @@ def describe(device: torch.device, dtype: torch.dtype, rates: Rates) -> str:
     if gpu:
         parts.append(f"{gpu.source}: {gpu.memory_gb_per_s} GB/s, {gpu.bf16_tflop_per_s:g} TFLOP/s in bf16")
     return "roofs measured now: " + "; ".join(parts)
+
+
+def main() -> None:
+    print("QK+VV, loss and gradient, B=256, H=12, N=197, D_t=64, bf16; microseconds")
+    print(f"{'D_s':>4}{'bytes':>8}{'matrix unit':>13}{'exponentials':>14}{'instructions':>14}{'floor':>7}")
+    for head_dim_s in (16, 32, 64):
+        shape = Shape(batch_size=256, num_heads=12, num_tokens=197, head_dim_s=head_dim_s, head_dim_t=64, itemsize=2)
+        both = ("qk", "vv")
+        times = times_ms(total(both, shape, backward=True), H200_UNDER_LOAD).values()
+        floor = floor_ms(both, shape, H200_UNDER_LOAD, backward=True)
+        figures = [f"{1e3 * ms:.0f}" for ms in (*times, floor)]
+        print(f"{head_dim_s:>4}" + "".join(f"{f:>{w}}" for f, w in zip(figures, (8, 13, 14, 14, 7))))
+
+
+if __name__ == "__main__":
+    main()

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import harness
+import providers
 import relation_loss as benchmark
 
 ROOT = Path(__file__).parent.parent.parent
@@ -19,8 +20,8 @@ SMALL = {"batch_size": 2, "num_heads": 2, "num_tokens": 11, "head_dim_s": 4, "he
 POINT = benchmark.Point(dtype="float32", **SMALL)
 
 
-def measure(providers, point=POINT):
-    rows = benchmark.measure(point, providers, CPU, num_repeats=2)
+def measure(compared, point=POINT):
+    rows = benchmark.measure(point, compared, CPU, num_repeats=2)
     return {row.provider: row for row in rows}
 
 
@@ -33,17 +34,17 @@ def test_failing_peers_are_rows_without_numbers():
 
     def wrong_gradient(student, *args):
         # The right loss; the gradient is 1 + 1e-4 times the right one.
-        return benchmark.eager(student + 1e-4 * (student - student.detach()), *args)
+        return providers.eager(student + 1e-4 * (student - student.detach()), *args)
 
     def wrong_loss(*args):
-        return benchmark.eager(*args) + 1e-4
+        return providers.eager(*args) + 1e-4
 
     def not_finite(*args):
-        return benchmark.eager(*args) * torch.nan
+        return providers.eager(*args) * torch.nan
 
     rows = measure(
         {
-            "chunked": benchmark.PROVIDERS["chunked"],
+            "chunked": providers.PROVIDERS["chunked"],
             "out_of_memory": out_of_memory,
             "does_not_compile": does_not_compile,
             "wrong_gradient": wrong_gradient,
@@ -74,9 +75,9 @@ def test_peer_that_fails_while_timed_leaves_the_others():
         calls.append(1)
         if len(calls) > 3:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return benchmark.eager(*args)
+        return providers.eager(*args)
 
-    rows = measure({"eager": benchmark.eager, "fails_later": fails_later})
+    rows = measure({"eager": providers.eager, "fails_later": fails_later})
     assert (rows["eager"].status, rows["fails_later"].status) == ("ok", "out of memory")
     assert rows["fails_later"].step_ms is None
 
@@ -92,8 +93,8 @@ def test_peer_that_fails_while_timed_leaves_the_others():
 def test_all_providers_pass_the_gate(mode, layout, dtype, relations):
     # "padded" is what compile_padded compiles.
     point = benchmark.Point(mode=mode, layout=layout, dtype=dtype, relations=relations, **SMALL)
-    providers = {name: benchmark.PROVIDERS[name] for name in ("official", "eager", "chunked")}
-    rows = measure({**providers, "padded": benchmark.padded}, point)
+    compared = {name: providers.PROVIDERS[name] for name in ("official", "eager", "chunked")}
+    rows = measure({**compared, "padded": providers.padded}, point)
     assert {row.status for row in rows.values()} == {"ok"}, rows
     assert all((row.grad_error is None) == (mode == "forward") for row in rows.values())
 
@@ -142,20 +143,22 @@ def test_time_budget_names_what_it_left_out(monkeypatch, capsys):
     assert left_out.count("ViT-") == len(args.points) - 1 == 5
 
 
-def test_small_run(tmp_path):
-    path = tmp_path / "results.csv"
-    flags = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()]
-    command = [sys.executable, ROOT / "benchmarks" / "relation_loss.py", "--device", "cpu", *flags]
-    command += ["--providers", "official", "chunked", "--num-repeats", "2", "--output", path]
+def run(path, *flags):
+    """Rows and output of the program, started as its users start it."""
+    command = [sys.executable, ROOT / "benchmarks" / "relation_loss.py", "--num-repeats", "2", "--output", path, *flags]
     unset = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "TRITON_INTERPRET")
     env = {name: value for name, value in os.environ.items() if name not in unset}
     env["PYTHONPATH"] = str(ROOT)
     done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
     assert done.returncode == 0, done.stderr
-    assert "OMP_WAIT_POLICY=passive, GOMP_SPINCOUNT=3000" in done.stdout
-    assert "Not measured here" in done.stdout and "as fast as official" in done.stdout
+    return harness.read_csv(path), done.stdout
 
-    rows = harness.read_csv(path)
+
+def test_small_run(tmp_path):
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()]
+    rows, output = run(tmp_path / "results.csv", "--device=cpu", "--providers", "official", "chunked", *flags)
+    assert "OMP_WAIT_POLICY=passive, GOMP_SPINCOUNT=3000" in output
+    assert "Not measured here" in output and "as fast as official" in output
     assert [(row["mode"], row["provider"]) for row in rows] == [
         (mode, provider) for mode in ("forward_backward", "forward") for provider in ("official", "chunked")
     ]
@@ -164,3 +167,15 @@ def test_small_run(tmp_path):
         assert (row["status"], row["num_repeats"], row["device_type"]) == ("ok", "2", "cpu")
         assert 0 < float(row["step_ms_p20"]) <= float(row["step_ms"]) <= float(row["step_ms_p80"])
         assert row["hbm_share"] == row["floor_share"] == ""
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_small_run_on_a_gpu(tmp_path):
+    rows, output = run(tmp_path / "results.csv", "--preset", "S", "--batch-size", "8", "--device=cuda")
+    assert "roofs measured now" in output
+    assert {(row["provider"], row["status"]) for row in rows} == {(name, "ok") for name in providers.PROVIDERS}
+    assert all(0 < float(row["floor_share"]) < 1 for row in rows), rows
+    assert all(0 < float(row["hbm_share"]) < 1 and 0 < float(row["matmul_share"]) < 1 for row in rows), rows
+    extra_mib = {row["provider"]: float(row["peak_extra_mib"]) for row in rows if row["mode"] == "forward_backward"}
+    assert extra_mib["triton"] < extra_mib["compile"] < extra_mib["official"]
