@@ -6,7 +6,8 @@ python benchmarks/data_loading.py --data-path /data/imagenet --time-budget 600 -
 Providers: "dali_mixed" (decoding on the GPU) or "dali_cpu", "fallback" (--loader torchvision of this package), and
 "torchvision", a data set and transforms as its tutorials write them. All give normalised views on the device: a random
 resized crop, and with two views the same crop with colour jitter. A provider whose views differ from PIL's gets no number.
-Each repeat starts a loader anew and times it once it runs; providers take turns. Files are in the page cache.
+Each repeat starts a loader anew and times it once it runs; providers take turns. Files are in the page cache. Workers
+are DALI's threads or DataLoader's processes; what both cost is the CPU time per image, of all threads and processes.
 """
 
 from __future__ import annotations
@@ -309,7 +310,10 @@ def prepare(args: argparse.Namespace, scratch: Path) -> dict[str, ImageIndex]:
     if args.data_path is None:
         draw_photographs(folder, args.num_images)
     else:
-        whole = find_images(args.data_path, split="train", workers=os.cpu_count())
+        try:
+            whole = find_images(args.data_path, split="train", workers=os.cpu_count())
+        except InputError as error:
+            raise InputError(f"--data-path: {error}") from error
         if whole.shards:
             raise InputError(f"--data-path {args.data_path}: holds shards, want an image folder; they are made here")
         chosen = np.random.default_rng(0).permutation(len(whole))[: args.num_images]
@@ -439,6 +443,7 @@ def draw(rows: Sequence[dict], path: Path) -> None:
         axes.set_xticks(
             range(len(groups)), [f"{group:g}" if isinstance(group, float) else str(group) for group in groups]
         )
+        axes.set_xlim(-0.5, len(groups) - 0.5)
         axes.set(xlabel=label, ylabel="waiting (%)" if sweep == "pause" else "images/s")
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", alpha=0.3)

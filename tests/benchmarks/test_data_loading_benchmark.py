@@ -52,3 +52,8 @@ def test_a_gpu_that_is_not_there_is_named(monkeypatch, capsys):
         with pytest.raises(SystemExit):
             benchmark.main([flags])
         assert message in capsys.readouterr().err
+
+
+def test_bad_folders_are_named(tmp_path, capsys):
+    assert benchmark.main([*SMALL, f"--data-path={tmp_path / 'none'}"]) == 2
+    assert capsys.readouterr().err.startswith("data_loading.py: --data-path: got ")

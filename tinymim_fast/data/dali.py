@@ -214,7 +214,7 @@ def _on_cpu(function: Callable, threads: ThreadPoolExecutor, image, parameter):
 
 
 def _resize(image, size, threads: ThreadPoolExecutor | None):
-    """Cubic and antialiased, (height, width); DALI's own takes 4 times the CPU time of PyTorch's for uint8."""
+    """Cubic and antialiased, to (height, width); DALI's own costs 1.9 ms of CPU time an image more (benchmarks/NOTES.md)."""
     if threads is None:
         return fn.resize(image, size=size, interp_type=types.INTERP_CUBIC, antialias=True)
     return _on_cpu(_resize_on_cpu, threads, image, size)
