@@ -38,7 +38,8 @@ class Verdict(IntFlag):
     GREYSCALE = 64
     SIXTEEN_BIT = 128
     MISNAMED = 256  # such as a PNG called .JPEG
-    DAMAGED = UNREADABLE | EMPTY | NON_IMAGE | TRUNCATED | HUGE
+    UNSUPPORTED = 512  # a format of none of IMG_EXTENSIONS: DALI 2.4 crashed on GIF, AVIF, ICO and TGA called .jpg
+    DAMAGED = UNREADABLE | EMPTY | NON_IMAGE | TRUNCATED | HUGE | UNSUPPORTED
 
     @property
     def title(self) -> str:
@@ -69,7 +70,8 @@ def inspect_path(path: str) -> Header:
 def inspect(file: BinaryIO, name: str) -> Header:
     """Read the header and the last bytes of an image file.
 
-    A JPEG or PNG that does not end with its end-of-image marker is decoded: it is TRUNCATED where PIL says so.
+    A JPEG or PNG that does not end with its end-of-image marker, and each TIFF, is decoded: it is TRUNCATED where PIL
+    says so.
     Truncation of other formats, and damage between the first and the last bytes, are not seen here.
 
     Args:
@@ -91,9 +93,11 @@ def inspect(file: BinaryIO, name: str) -> Header:
         return _damaged(Verdict.NON_IMAGE)
     except Exception as error:  # PIL's readers raise anything on damaged files
         return _damaged(Verdict.NON_IMAGE, _say(error))
+    if format not in _FORMATS.values():
+        return _damaged(Verdict.UNSUPPORTED, format)
     end = {"JPEG": b"\xff\xd9", "PNG": _PNG_END}.get(format, b"")
     file.seek(-len(end), os.SEEK_END)
-    if file.read() != end:  # it is missing, or something follows it
+    if file.read() != end or format == "TIFF":  # it is missing, or something follows it; a TIFF has none
         try:
             file.seek(0)
             if format == "PNG" and end not in file.read():  # PIL does not miss it, other decoders do

@@ -24,7 +24,7 @@ _EPILOG = """\
 Every header is read, and the last bytes of JPEG and PNG files; where the end-of-image marker is missing there, the file
 is decoded to see whether it is truncated. Damage inside a file, and truncation of other formats, is found in training.
 
-left out:     unreadable, empty, non-image, truncated, huge (more pixels than PIL decodes)
+left out:     unreadable, empty, non-image, truncated, huge (more pixels than PIL decodes), unsupported (such as GIF)
 trained on:   cmyk, greyscale, sixteen-bit, misnamed (such as a PNG called .JPEG)
 
 Training takes DIR/index.npz by itself (--data-path DIR), and an index written elsewhere with --data-path FILE.npz. Scan
