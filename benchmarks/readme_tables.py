@@ -36,10 +36,11 @@ PROOFS = [
         ["kernel_tests"],
     ),
     ("their memory accesses and races (compute-sanitizer)", "not applicable", ["memcheck", "racecheck"]),
-    ("DALI two-view loading", "tested (CPU decoding)", ["other_gpu_tests"]),
+    ("DALI views against PIL and torchvision", "tested (CPU decoding)", ["other_gpu_tests"]),
+    ("damaged files replaced in training, tar shards", "tested, one and two processes", ["other_gpu_tests"]),
     ("a training step in bf16 on random images", "tested", ["train_step"]),
     ("pre-training, distillation with DeepSpeed, export, k-NN (`make demo`)", "tested", ["demo"]),
-    ("ZeRO 0 to 2, several processes, exact resume", "tested", []),
+    ("ZeRO 0 to 2, exact resume, also on other numbers of ranks", "tested, one to three processes", []),
 ]
 Row = dict[str, str]
 

@@ -26,9 +26,11 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 FREE_ON_RESUME = frozenset(
     [
         "data_path",
+        "max_bad_files",
         "output_dir",
         "loader",
         "workers",
+        "dali_kwargs",
         "log_interval",
         "checkpoint_interval",
         "checkpoint_minutes",
@@ -36,6 +38,9 @@ FREE_ON_RESUME = frozenset(
         "resume",
         "tensorboard",
         "loss_backend",
+        "train_micro_batch_size_per_gpu",
+        "gradient_accumulation_steps",
+        "zero_stage",
         "deepspeed_config",
     ]
 )
@@ -46,7 +51,9 @@ class RunConfig:
     """What distillation and masked-autoencoder pre-training have in common.
 
     Args:
-        data_path: image folder, `DIR/<class>/*.jpg`, or a folder that holds it as `DIR/train`.
+        data_path: image folder, `DIR/<class>/*.jpg`, or a folder that holds it as `DIR/train`; tar shards,
+            `DIR/train-*.tar`; or an index that `python -m tinymim_fast.data.scan` wrote.
+        max_bad_files: largest share of the images that may be damaged; they are replaced, more stop the run.
         output_dir: checkpoints, metrics and the resolved configuration go here.
         img_size: side of the square input, pixels.
         scale: range of the crop's share of the image area.
@@ -56,6 +63,8 @@ class RunConfig:
         std: per-channel standard deviation of the input, of 1.
         loader: "dali", "torchvision", or "auto": DALI where it is installed.
         workers: decoding threads (DALI) or processes (torchvision) per rank.
+        dali_kwargs: DALI's settings, any of `{"hw_decoder_load": 0.9, "device_memory_padding": 211025920,
+            "host_memory_padding": 140544512, "prefetch_queue_depth": 3}`; memory in bytes.
         epochs: passes over the data.
         train_batch_size: images per optimizer step, over all ranks.
         train_micro_batch_size_per_gpu: images per forward pass on one rank; worked out if not given.
@@ -88,8 +97,10 @@ class RunConfig:
     hflip: float = 0.5
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
+    max_bad_files: float = 0.001
     loader: Literal["auto", "dali", "torchvision"] = "auto"
     workers: int = 8
+    dali_kwargs: dict[str, Any] = field(default_factory=dict)
     epochs: int = 300
     train_batch_size: int = 4096
     train_micro_batch_size_per_gpu: int | None = None
@@ -135,6 +146,7 @@ class RunConfig:
         self._check("scale", 0 < low <= high <= 1, "two shares of the area, 0 < low <= high <= 1")
         low, high = self.ratio
         self._check("ratio", 0 < low <= high, "two aspect ratios, 0 < low <= high")
+        self._check("max_bad_files", 0 <= self.max_bad_files <= 1, "a share of the images")
         self._check("hflip", 0 <= self.hflip <= 1, "a probability")
         self._check("std", min(self.std) > 0, "three numbers above 0")
         self._check("opt_betas", all(0 <= b < 1 for b in self.opt_betas), "two numbers in [0, 1)")

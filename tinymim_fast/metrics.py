@@ -53,18 +53,18 @@ class Recorder:
             self._bar.update()
 
     def write(self, record: dict[str, Any]) -> None:
-        """One line of metrics; `record` has "step", and numbers."""
+        """One line of metrics; `record` has "step", numbers, and what only the file keeps."""
         if not self._enabled:
             return
         self._file.write(json.dumps(record) + "\n")
-        shown = {k: f"{v:.4g}" for k, v in record.items() if k not in ("step", "time")}
+        numbers = {k: v for k, v in record.items() if isinstance(v, int | float) and k not in ("step", "time")}
+        shown = {k: f"{v:.4g}" for k, v in numbers.items()}
         self._bar.set_postfix(shown, refresh=False)
         if self._bar.disable:
             logger.info("step %d/%d  %s", record["step"], self._total, "  ".join(f"{k} {v}" for k, v in shown.items()))
         if self._writer is not None:
-            for key, value in record.items():
-                if key not in ("step", "time"):
-                    self._writer.add_scalar(key, value, record["step"])
+            for key, value in numbers.items():
+                self._writer.add_scalar(key, value, record["step"])
 
     def close(self) -> None:
         if self._enabled:

@@ -10,18 +10,22 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import safetensors
 import torch
 import yaml
 from torch import nn
 
 from tinymim_fast import engine as engines
 from tinymim_fast.config import RunConfig, differences, parse, to_yaml
-from tinymim_fast.data import ImageFolderIndex, build_loader, scan_image_folder
+from tinymim_fast.data import ImageIndex, build_loader, find_images
+from tinymim_fast.data.errors import ImageError, name_some
+from tinymim_fast.data.loader import TrainLoader
 from tinymim_fast.engine import Engine, World
 from tinymim_fast.errors import (
     EXIT_INPUT,
@@ -31,13 +35,13 @@ from tinymim_fast.errors import (
     NonFiniteLossError,
     Terminated,
 )
-from tinymim_fast.metrics import Recorder, plot_curves
+from tinymim_fast.metrics import Recorder, plot_curves, read_metrics
 from tinymim_fast.models.checkpoints import ModelInfo, latest_checkpoint, save_weights
 
 logger = logging.getLogger("tinymim_fast")
 CONFIG = "config.yaml"
 INDEX = "index.npz"
-SAVE, STOP = 1, 2  # what ranks agree on, the larger winning
+SAVE, STOP, TOO_MANY_BAD = 1, 2, 3  # what ranks agree on, the larger winning
 
 
 @dataclass(frozen=True)
@@ -125,17 +129,21 @@ def train(config: RunConfig, world: World, build_task: Callable[[Any, World, Pat
         color_jitter=(task.color_jitter,) * 3,
         mean=config.mean,
         std=config.std,
+        # half the bytes; the CPU is slower at it
+        dtype=torch.float16 if config.bf16 and world.device.type == "cuda" else torch.float32,
+        dali_kwargs=config.dali_kwargs,
     ) as loader:
-        steps_per_epoch = loader.steps_per_epoch
-        engine = Engine(task.model, config, world, lr_schedule(config, steps_per_epoch))
-        torch.manual_seed(config.seed + 1 + world.rank)  # drop path and masks differ between ranks
+        engine = Engine(task.model, config, world, lr_schedule(config, loader.steps_per_epoch))
         start_step = 0
+        engines.seed_rank(config.seed, start_step, world.rank)
         if checkpoint is not None:
-            start_step = engine.load(checkpoint)["step"]
+            client_state = engine.load(checkpoint)
+            start_step = client_state["step"]
+            loader.bad.update(_still_bad(index, client_state["bad_files"]))
             logger.info("continuing from %s", checkpoint)
         world.broadcast(lambda: _prepare_folder(output_dir, config, ds_config, index))
-        run = Run(config, world, task, engine, steps_per_epoch, accum, start_step)
-        run.loop(loader)
+        run = Run(config, world, task, engine, loader, accum, start_step)
+        run.loop()
 
 
 def find_checkpoint(config: RunConfig) -> Path | None:
@@ -167,24 +175,55 @@ def find_checkpoint(config: RunConfig) -> Path | None:
     return latest
 
 
-def _find_images(config: RunConfig, *, resumed: bool) -> ImageFolderIndex:
+def _find_images(config: RunConfig, *, resumed: bool) -> ImageIndex:
     """The images of `--data-path`; a continued run keeps the list and the order that it began with."""
     try:
-        index = scan_image_folder(config.data_path, split="train", workers=config.workers)
+        index = find_images(config.data_path, split="train", workers=config.workers)
     except InputError as error:
         raise InputError(f"--data-path: {error}") from error
     saved = Path(config.output_dir) / INDEX
     if resumed and saved.exists():
-        before = ImageFolderIndex.load(saved)
-        if before.paths != index.paths:
-            raise InputError(
-                f"--data-path {config.data_path}: holds {len(index)} images, not the {len(before)} that this run began with; "
-                "restore them, or choose another --output-dir"
-            )
+        index = _as_begun(config, ImageIndex.load(saved), index)
+    if len(index.damaged) > config.max_bad_files * index.num_listed:
+        raise _too_many_bad(config, index, index.damaged)
     return index
 
 
-def _prepare_folder(output_dir: Path, config: RunConfig, ds_config: dict[str, Any], index: ImageFolderIndex) -> None:
+def _as_begun(config: RunConfig, before: ImageIndex, now: ImageIndex) -> ImageIndex:
+    """The list that the run began with, where the images are now; those damaged since are found when they are read."""
+    same = before.paths == now.paths and np.array_equal(before.sizes, now.sizes)
+    if same:
+        return now
+    if {*before.paths, *before.damaged} != {*now.paths, *now.damaged} or before.shards != now.shards:
+        raise InputError(
+            f"--data-path {config.data_path}: holds {len(now)} images, not the {len(before)} that this run began with, or "
+            "others; restore them, or choose another --output-dir"
+        )
+    return replace(before, root=now.root)
+
+
+def _still_bad(index: ImageIndex, names: Container[str]) -> dict[int, str]:
+    """Which of these images still can't be decoded, with the reason: repaired ones are taken again."""
+    bad = {}
+    for i, path in enumerate(index.paths):
+        if path in names:
+            try:
+                index.read_image(i)
+            except ImageError as error:
+                bad[i] = error.reason
+    return bad
+
+
+def _too_many_bad(config: RunConfig, index: ImageIndex, bad: dict[str, str]) -> InputError:
+    share = len(bad) / index.num_listed
+    files = name_some(f"{path} ({reason})" for path, reason in bad.items())
+    return InputError(
+        f"--max-bad-files {config.max_bad_files:g}: {len(bad)} of {index.num_listed} images in {index.root} can't be decoded "
+        f"({share:.2g} of all): {files}. Repair them, or allow more"
+    )
+
+
+def _prepare_folder(output_dir: Path, config: RunConfig, ds_config: dict[str, Any], index: ImageIndex) -> None:
     """Folder, resolved configuration, list of images; unfinished checkpoints of a killed run go."""
     try:
         (output_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
@@ -226,21 +265,22 @@ class Run:
         world: World,
         task: Task,
         engine: Engine,
-        steps_per_epoch: int,
+        loader: TrainLoader,
         accum: int,
         start_step: int,
     ):
         self.config, self.world, self.task, self.engine = config, world, task, engine
-        self.steps_per_epoch, self.accum = steps_per_epoch, accum
+        self.loader, self.index = loader, loader.plan.index
+        self.steps_per_epoch, self.accum = loader.steps_per_epoch, accum
         self.step = start_step
-        self.total_steps = steps_per_epoch * config.epochs
+        self.total_steps = self.steps_per_epoch * config.epochs
         self.output_dir = Path(config.output_dir)
         self.losses: list[torch.Tensor] = []  # on the device, one (parts,) a step, not looked at yet
         self.seen: list[torch.Tensor] = []  # on the host, (steps, parts), not reported yet
         self.last_saved = start_step if start_step else None
         self.terminate = False
 
-    def loop(self, loader: Any) -> None:
+    def loop(self) -> None:
         config, engine, task = self.config, self.engine, self.task
         self.recorder = Recorder(
             self.output_dir,
@@ -249,8 +289,11 @@ class Run:
             tensorboard=config.tensorboard,
             enabled=self.world.is_main,
         )
+        # what the records, cut to the checkpoint by now, name already
+        records = read_metrics(self.output_dir) if self.world.is_main else []
+        self.named = {path for record in records for path in record.get("bad_files", ())}
         previous = signal.signal(signal.SIGTERM, self._on_sigterm)
-        batches = loader.batches(self.step, self.total_steps - self.step)
+        batches = self.loader.batches(self.step, self.total_steps - self.step)
         agreement = None  # on what ranks asked for in the step before
         self._restart_clocks()
         self.saved_at = time.monotonic()
@@ -279,12 +322,14 @@ class Run:
                     request = int(answer)
 
                 # The host waits for the device here, and where it saves, and nowhere else.
-                if self.step % config.log_interval == 0 or self.step == self.total_steps or request == STOP:
+                if self.step % config.log_interval == 0 or self.step == self.total_steps or request >= STOP:
                     self._report()
                 if request or self._save_due() or self.step == self.total_steps:
                     self._save()
                 if request == STOP and self.step < self.total_steps:
                     raise Terminated(f"stopped by SIGTERM at step {self.step}, saved; the same command continues")
+                if request == TOO_MANY_BAD:
+                    raise _too_many_bad(config, self.index, self.bad_files)
                 agreement = self.world.start_max(self._wish())
         finally:
             signal.signal(signal.SIGTERM, previous)
@@ -298,11 +343,18 @@ class Run:
 
     def _wish(self) -> int:
         """What this rank asks all ranks to do at the end of the next step."""
+        if len(self.index.damaged) + len(self.loader.bad) > self.config.max_bad_files * self.index.num_listed:
+            return TOO_MANY_BAD
         if self.terminate:
             return STOP
         minutes = self.config.checkpoint_minutes
         due = minutes and self.world.is_main and time.monotonic() - self.saved_at > 60 * minutes
         return SAVE if due else 0
+
+    @property
+    def bad_files(self) -> dict[str, str]:
+        """Images that can't be decoded, with the reason: left out by the scan, and found by any rank until the last look."""
+        return {**self.index.damaged, **{self.index.paths[i]: reason for i, reason in self.loader.bad.items()}}
 
     def _save_due(self) -> bool:
         interval = self.config.checkpoint_interval
@@ -312,12 +364,18 @@ class Run:
         self.began, self.waited = time.perf_counter(), 0.0
 
     def _look(self) -> None:
-        """Bring the losses that are still on the device to the host, averaged over ranks, and check them on every rank."""
+        """Bring the losses that are still on the device to the host, averaged over ranks, and check them on every rank.
+
+        Bad files that one rank found become known to all.
+        """
         if not self.losses:
             return
         num_steps = len(self.losses)
         mine = torch.stack(self.losses).float().cpu()
-        everyone = torch.stack(self.world.gather(mine))  # (ranks, steps, parts)
+        losses, found = zip(*self.world.gather((mine, self.loader.bad)))
+        for bad in found:
+            self.loader.bad.update(bad)
+        everyone = torch.stack(losses)  # (ranks, steps, parts)
         bad = ~everyone.isfinite().all(-1)
         if bad.any():
             at = int(bad.any(0).float().argmax())
@@ -342,6 +400,12 @@ class Run:
             "data_wait": round(self.waited / elapsed, 4),
             "time": round(time.time(), 2),
         }
+        bad_files = self.bad_files
+        new = {path: reason for path, reason in bad_files.items() if path not in self.named}
+        if new and self.world.is_main:
+            record |= {"num_bad_files": len(bad_files), "bad_files": new}
+            self.named |= new.keys()
+            logger.warning("can't be decoded, replaced by others: %s", name_some(f"{p} ({r})" for p, r in new.items()))
         self.recorder.write(record)
         self.seen.clear()
         self._restart_clocks()
@@ -360,20 +424,25 @@ class Run:
         began = time.perf_counter()
         self._look()  # a checkpoint after a bad loss would not be a good one
         folder = self.output_dir / "checkpoints"
-        final, temporary = folder / f"step_{self.step:08d}", folder / f"tmp_step_{self.step:08d}"
-        state = self.task.weights(self.engine.trained_state())
-        broken = [name for name, tensor in state.items() if not tensor.isfinite().all()]
+        weights = self.task.weights(self.engine.trained_state())
+        broken = [name for name, tensor in weights.items() if not tensor.isfinite().all()]
         if broken:
             self._fail(f"{broken[0]} is not finite after step {self.step}")
+        state = self.engine.optimizer_state()
+        info = replace(self.task.info, step=self.step, epoch=self.step / self.steps_per_epoch)
+        final, temporary = folder / f"step_{self.step:08d}", folder / f"tmp_step_{self.step:08d}"
+
+        def write() -> None:
+            temporary.mkdir()
+            save_weights(temporary, weights, info)
+            engines.save_state(temporary, state, {"step": self.step, "bad_files": self.bad_files})
+            os.rename(temporary, final)
+            for old in sorted(folder.glob("step_*"))[: -self.config.checkpoint_hist]:
+                shutil.rmtree(old)
+
         try:
-            self.world.broadcast(temporary.mkdir)
-            self.engine.save(temporary, {"step": self.step})
-            if self.world.is_main:
-                epoch = self.step / self.steps_per_epoch
-                save_weights(temporary, state, replace(self.task.info, step=self.step, epoch=epoch))
-            self.world.barrier()
-            self.world.broadcast(lambda: self._publish(temporary, final))
-        except (OSError, RuntimeError) as error:
+            self.world.broadcast(write)  # an error of rank 0 is everyone's
+        except (OSError, RuntimeError, safetensors.SafetensorError) as error:
             if self.world.is_main:
                 shutil.rmtree(temporary, ignore_errors=True)
             free_mib = shutil.disk_usage(self.output_dir).free >> 20  # PyTorch reports a full disk as "unexpected pos"
@@ -385,8 +454,3 @@ class Run:
         self.last_saved = self.step
         self.saved_at = time.monotonic()
         self.began += time.perf_counter() - began  # saving is not training
-
-    def _publish(self, temporary: Path, final: Path) -> None:
-        os.rename(temporary, final)
-        for old in sorted(final.parent.glob("step_*"))[: -self.config.checkpoint_hist]:
-            shutil.rmtree(old)

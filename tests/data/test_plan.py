@@ -1,12 +1,14 @@
+import dataclasses
+
 import numpy as np
 import pytest
 
-from tinymim_fast.data import DataError, ImageFolderIndex
+from tinymim_fast.data import DataError, ImageIndex
 from tinymim_fast.data.plan import EvalPlan, TrainPlan
 
 
 def make_index(n, sizes=(100, 120)):
-    return ImageFolderIndex(
+    return ImageIndex(
         root="nowhere",
         paths=[f"a/{i}.jpg" for i in range(n)],
         labels=np.zeros(n, dtype=np.int64),
@@ -63,6 +65,19 @@ def test_each_sample_at_most_once_an_epoch():
 def test_an_epoch_without_steps_is_refused():
     with pytest.raises(DataError, match=r"--train-batch-size 60 for 53 images .*; want at most 53"):
         make_plan(n=53, batch_size=15, world_size=2, accumulation_steps=2)
+
+
+def test_replacements_are_cropped_to_their_own_size():
+    sizes = np.random.default_rng(0).integers(20, 700, (53, 2)).astype(np.int32)
+    plan = dataclasses.replace(make_plan(batch_size=53), index=make_index(53, sizes))
+    sound = plan.params(0)
+    plan.bad.update((i, "bad") for i in range(25))
+    ids, read_ids, params = plan.sample_ids(0), plan.read_ids(0), plan.params(0)
+    assert (read_ids[ids >= 25] == ids[ids >= 25]).all() and (read_ids >= 25).all()
+    np.testing.assert_array_equal(params.top[ids >= 25], sound.top[ids >= 25])
+    assert (params.top + params.height <= sizes[read_ids, 0]).all()
+    assert (params.left + params.width <= sizes[read_ids, 1]).all()
+    np.testing.assert_array_equal(params.flip, sound.flip)
 
 
 @pytest.mark.parametrize("changes, message", [({"views": 3}, "views=3"), ({"rank": 2, "world_size": 2}, "rank=2")])

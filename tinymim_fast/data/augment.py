@@ -14,7 +14,7 @@ import numpy as np
 
 BRIGHTNESS, CONTRAST, SATURATION = range(3)  # the jitter operations, as numbered in `TwoViewParams.jitter_order`
 
-_ORDER_STREAM, _AUGMENT_STREAM = 0, 1
+_ORDER_STREAM, _AUGMENT_STREAM, _REPLACEMENT_STREAM = range(3)
 _CROP_ATTEMPTS = 10  # torchvision's
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
@@ -54,6 +54,12 @@ def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
     """The order in which an epoch visits its n samples: an (n,) int64 permutation."""
     # argsort of hashes instead of Generator.permutation, whose streams may change between numpy versions
     return np.argsort(_hash_uniforms((seed, _ORDER_STREAM, epoch), np.arange(n), 1)[:, 0], kind="stable")
+
+
+def draw_replacements(sample_id: int, num_samples: int, num_draws: int, *, seed: int, epoch: int) -> list[int]:
+    """The samples to try, in this order, in place of one whose file can't be decoded."""
+    draws = _hash_uniforms((seed, _REPLACEMENT_STREAM, epoch), np.array([sample_id]), num_draws)[0]
+    return np.floor(draws * num_samples).astype(np.int64).tolist()
 
 
 @dataclass(frozen=True, eq=False)

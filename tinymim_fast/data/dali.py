@@ -1,26 +1,34 @@
 """The fast loader: NVIDIA DALI applies the parameters of a plan, on the GPU or, without one, on the CPU.
 
-One graph serves both. Files are read and decoded once for both views, and only the crop is decoded. Sizes,
-anchors and jitter come from the plan, so the views agree with PIL and torchvision up to rounding.
+One graph serves both, but for two operations that PyTorch and PIL do faster on a CPU. Files are read and decoded
+once for both views, and only the crop is decoded. Sizes, anchors and jitter come from the plan, so the views agree
+with PIL and torchvision up to rounding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import nvidia.dali.fn as fn
 import nvidia.dali.types as types
 import torch
-from nvidia.dali import pipeline_def
+import torch.nn.functional as F
+from nvidia.dali import Pipeline, pipeline_def
+from nvidia.dali.pipeline import do_not_convert
+from PIL import Image, ImageEnhance
 
 from tinymim_fast.data.augment import BRIGHTNESS, CONTRAST
-from tinymim_fast.data.errors import DataError, name_some
+from tinymim_fast.data.errors import DataError, ImageError, name_some
 from tinymim_fast.data.plan import EvalPlan, TrainPlan
 
-_GREY = np.array([0.299, 0.587, 0.114])  # PIL's "L"
+_GREY = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # PIL's "L"
 _TRUNCATE = -0.499  # DALI rounds to uint8, PIL's blend truncates
 _NUM_STAGES = 3  # brightness, contrast, saturation
+_DECODER_KWARGS = ("hw_decoder_load", "device_memory_padding", "host_memory_padding")
+_DTYPES = {torch.float32: types.FLOAT, torch.float16: types.FLOAT16}  # DALI has no bfloat16
 
 
 def batches(
@@ -32,100 +40,221 @@ def batches(
     prefetch: int,
     mean: Sequence[float],
     std: Sequence[float],
+    dtype: torch.dtype,
+    dali_kwargs: Mapping[str, float],
 ) -> Iterator[tuple[torch.Tensor, ...]]:
-    """Float32 views (B, 3, S, S) on `device` for each batch number; `workers` decoding threads, at least one.
+    """Views (B, 3, S, S) of `dtype`, float32 or float16, on `device` for each batch number.
+
+    `workers` threads decode, at least one; `dali_kwargs`: see `build_loader`.
 
     Raises:
-        DataError: a file can't be decoded; names it.
+        DataError: a file can't be decoded in evaluation, or hardly any in training; names it.
     """
-    is_train = isinstance(plan, TrainPlan)
-    define, inputs = (_train_graph, _train_inputs) if is_train else (_eval_graph, _eval_inputs)
-    pipeline = define(
-        source=(inputs(plan, number) for number in numbers),
-        plan=plan,
-        normalize={"mean": [255 * m for m in mean], "std": [255 * s for s in std], "output_layout": "CHW"},
-        is_gpu=device.type == "cuda",
-        batch_size=plan.batch_size,
-        num_threads=max(1, workers),
-        device_id=device.index if device.type == "cuda" else None,
-        prefetch_queue_depth=prefetch,
-        exec_dynamic=True,
-    )
-    try:
-        for number in numbers:
+    is_gpu = device.type == "cuda"
+    queue = {"prefetch_queue_depth": prefetch, **dali_kwargs}
+    decoder = {key: queue.pop(key) for key in _DECODER_KWARGS if key in queue}
+
+    def build(files: Iterable, inputs: Iterable, **options) -> Pipeline:
+        return (_train_graph if isinstance(plan, TrainPlan) else _eval_graph)(
+            files=files,
+            inputs=inputs,
+            plan=plan,
+            normalize={
+                "mean": [255 * m for m in mean],
+                "std": [255 * s for s in std],
+                "output_layout": "CHW",
+                "dtype": _DTYPES[dtype],
+            },
+            decoder={**_DECODE_OPTIONS, "device": "mixed" if is_gpu else "cpu", **decoder},
+            threads=None if is_gpu else threads,
+            device_id=device.index if is_gpu else None,
+            exec_dynamic=True,
+            **options,
+        )
+
+    with ThreadPoolExecutor(max(1, workers)) as threads:  # starts none before it is given work: on a GPU, never
+        done = 0
+        while done < len(numbers):  # once, and again after each batch with a file that can't be decoded
+            pipeline = build(
+                (_files(plan, number) for number in numbers[done:]),
+                (_inputs(plan, number) for number in numbers[done:]),
+                batch_size=plan.batch_size,
+                num_threads=max(1, workers),
+                **queue,
+            )
+            failure = None
             try:
-                # outputs on the consumer's stream: a buffer is freed in its order, after the kernels that read it
-                outputs = pipeline.run(torch.cuda.current_stream(device) if device.type == "cuda" else None)
-            except RuntimeError as error:
-                raise _blame(plan, number, error) from error
-            # the dynamic executor never reuses a buffer that is still referred to, so no copy is needed
-            yield tuple(torch.from_dlpack(output.as_tensor()) for output in outputs)
-    finally:
-        pipeline._shutdown()  # now, not when the last traceback that holds the pipeline is dropped
+                while failure is None and done < len(numbers):
+                    try:
+                        # outputs on the consumer's stream: a buffer is freed in its order, after the kernels that read it
+                        outputs = pipeline.run(torch.cuda.current_stream(device) if is_gpu else None)
+                    except RuntimeError as error:
+                        failure = error
+                        continue
+                    # the dynamic executor never reuses a buffer that is still referred to, so no copy is needed
+                    yield tuple(torch.from_dlpack(output.as_tensor()) for output in outputs)
+                    done += 1
+            finally:
+                pipeline._shutdown()  # now, not when the last traceback that holds the pipeline is dropped
+            if failure is not None:
+                _single_out(plan, numbers[done], build, failure)
 
 
-def _blame(plan: TrainPlan | EvalPlan, number: int, error: RuntimeError) -> DataError:
-    """DALI does not say which file broke a batch, so decode the batch again with PIL."""
-    sample_ids = plan.sample_ids(number)
-    for sample_id in sample_ids:
+def _single_out(plan: TrainPlan | EvalPlan, number: int, build: Callable[..., Pipeline], failure: RuntimeError) -> None:
+    """Put the samples of a batch that can't be decoded into `plan.bad`: DALI fails a batch without saying which.
+
+    Raises:
+        DataError: in evaluation, or where none fails alone.
+    """
+    read_ids = plan.read_ids(number).tolist()
+    damage = {}
+    for sample_id in read_ids:
         try:
             plan.index.read_image(sample_id)
-        except DataError as damaged:
-            return damaged
-    files = name_some(plan.index.file(sample_id) for sample_id in sample_ids)
-    return DataError(f"DALI could not decode a batch of these files: {files}\n{error}")
+        except ImageError as error:
+            damage[sample_id] = error
+    if not damage:  # what PIL can decode is not what DALI can
+        for i in _failing_alone(plan, number, build):
+            file, cause = plan.index.file(read_ids[i]), _cause(failure)
+            damage[read_ids[i]] = ImageError(
+                f"got {file}, which PIL can decode and DALI can't: {cause}; convert it or use --loader torchvision",
+                f"DALI: {cause}",
+            )
+    if not damage:
+        names = name_some(plan.index.file(sample_id) for sample_id in read_ids)
+        raise DataError(f"DALI could not decode a batch of these files, though each of them alone: {names}\n{failure}")
+    if isinstance(plan, EvalPlan):
+        raise next(iter(damage.values()))
+    plan.bad.update((sample_id, error.reason) for sample_id, error in damage.items())
 
 
-def _file_names(plan: TrainPlan | EvalPlan, number: int) -> list[np.ndarray]:
-    files = (plan.index.file(sample_id).encode(errors="surrogateescape") for sample_id in plan.sample_ids(number))
-    return [np.frombuffer(file, dtype=np.uint8) for file in files]
+def _failing_alone(plan: TrainPlan | EvalPlan, number: int, build: Callable[..., Pipeline]) -> list[int]:
+    """Positions in a batch of the samples that fail when they go alone through the same graph."""
+    files, inputs = _files(plan, number), _inputs(plan, number)
+    failing, start = [], 0
+    while start < len(files):
+        singles = range(start, len(files))
+        pipeline = build(
+            ([files[i]] for i in singles),
+            (tuple(array[i : i + 1] for array in inputs) for i in singles),
+            batch_size=1,
+            num_threads=1,
+            prefetch_queue_depth=1,
+        )
+        try:
+            for i in singles:
+                start = i + 1
+                pipeline.run()
+        except RuntimeError:  # a pipeline is of no use after it
+            failing.append(i)
+        finally:
+            pipeline._shutdown()
+    return failing
 
 
-def _train_inputs(plan: TrainPlan, number: int) -> tuple:
+def _cause(error: RuntimeError) -> str:
+    """The line that says what happened, of the many that say where."""
+    lines = str(error).rpartition("encountered:")[2].split("\n")
+    return next((line.strip() for line in lines if line.strip()), "unknown error")
+
+
+def _files(plan: TrainPlan | EvalPlan, number: int) -> list[np.ndarray] | np.ndarray:
+    """Views of files in shards, n of (bytes,) uint8, or names of files for DALI to read, (n, bytes) uint8."""
+    index, read_ids = plan.index, plan.read_ids(number).tolist()
+    if index.shards:
+        return [index.encoded(i) for i in read_ids]
+    folder = os.path.join(os.fsencode(index.root), b"")
+    names = np.array([folder + os.fsencode(index.paths[i]) for i in read_ids])
+    # one array with zeros behind the names, where opening stops: 2 us an image instead of 8 for a list
+    return names.view(np.uint8).reshape(len(names), -1)
+
+
+def _inputs(plan: TrainPlan | EvalPlan, number: int) -> tuple[np.ndarray, ...]:
+    """The parameters of a batch as arrays (n, ...)."""
+    return _train_inputs(plan, number) if isinstance(plan, TrainPlan) else _eval_inputs(plan, number)
+
+
+def _train_inputs(plan: TrainPlan, number: int) -> tuple[np.ndarray, ...]:
     p = plan.params(number)
     crop = (np.stack([p.top, p.left], axis=1), np.stack([p.height, p.width], axis=1))  # (n, 2) each
-    inputs = (_file_names(plan, number), *crop, p.flip.astype(np.int32))
+    inputs = (*crop, p.flip.astype(np.int32))
     if plan.views == 1:
         return inputs
     order = np.ascontiguousarray(p.jitter_order.T)  # (stages, n)
-    factor = np.take_along_axis(p.jitter.T, order, axis=0).astype(np.float32)  # (stages, n)
-    # saturation f: x <- f x + (1 - f) grey(x), as a matrix per sample, (stages, n, 3, 3)
-    f = factor[..., None, None]
-    matrix = (f * np.eye(3) + (1 - f) * np.tile(_GREY, (3, 1))).astype(np.float32)
-    return (*inputs, *order, *factor, *matrix)
+    return (*inputs, *order, *np.take_along_axis(p.jitter.T, order, axis=0).astype(np.float32))
 
 
-def _eval_inputs(plan: EvalPlan, number: int) -> tuple:
+def _eval_inputs(plan: EvalPlan, number: int) -> tuple[np.ndarray, ...]:
     p = plan.params(number)
     size, anchor = np.stack([p.height, p.width], axis=1), np.stack([p.top, p.left], axis=1)
-    return _file_names(plan, number), size.astype(np.float32), anchor
+    return size.astype(np.float32), anchor
 
 
-def _decode_options(is_gpu: bool) -> dict:
-    return {
-        "device": "mixed" if is_gpu else "cpu",
-        "output_type": types.RGB,
-        "adjust_orientation": False,
-        "jpeg_fancy_upsampling": True,
-    }
+_DECODE_OPTIONS = {"output_type": types.RGB, "adjust_orientation": False, "jpeg_fancy_upsampling": True}
 
 
-_RESIZE_OPTIONS = {"interp_type": types.INTERP_CUBIC, "antialias": True}
+def _encoded(files: Iterable, plan: TrainPlan | EvalPlan):
+    if plan.index.shards:  # decoders read the memory map: no copy here, and page faults are theirs
+        return fn.external_source(files, no_copy=True)
+    return fn.io.file.read(fn.external_source(files))
+
+
+def _decode_crop(encoded, start, shape, decoder: dict):
+    return fn.decoders.image_slice(encoded, start=start, shape=shape, axes=[0, 1], **decoder)
+
+
+@do_not_convert  # by enable_conditionals
+def _on_cpu(function: Callable, threads: ThreadPoolExecutor, image, parameter):
+    """`function(image, parameter)` of each sample, in threads; DALI itself would call it for one after another."""
+
+    def each(images, parameters):
+        return list(threads.map(function, images, parameters))
+
+    return fn.python_function(image, parameter, function=each, batch_processing=True, output_layouts="HWC")
+
+
+def _resize(image, size, threads: ThreadPoolExecutor | None):
+    """Cubic and antialiased, to (height, width); DALI's own costs 1.9 ms of CPU time an image more (benchmarks/NOTES.md)."""
+    if threads is None:
+        return fn.resize(image, size=size, interp_type=types.INTERP_CUBIC, antialias=True)
+    return _on_cpu(_resize_on_cpu, threads, image, size)
+
+
+def _resize_on_cpu(image: np.ndarray, size: np.ndarray) -> np.ndarray:
+    pixels = torch.from_numpy(image)[None].permute(0, 3, 1, 2)  # channels last, and so is what comes out
+    resized = F.interpolate(pixels, size=size.astype(int).tolist(), mode="bicubic", antialias=True)
+    return resized.permute(0, 2, 3, 1)[0].numpy()
+
+
+def _saturate(image, factor, threads: ThreadPoolExecutor | None):
+    """x <- f x + (1 - f) grey(x); as a matrix on a GPU, on the CPU by PIL in a sixth of that time."""
+    if threads is None:
+        identity, grey = types.Constant(np.eye(3, dtype=np.float32)), types.Constant(np.tile(_GREY, (3, 1)))
+        return fn.coord_transform(image, M=identity * factor + grey * (1 - factor), T=_TRUNCATE, dtype=types.UINT8)
+    return _on_cpu(_saturate_on_cpu, threads, image, factor)
+
+
+def _saturate_on_cpu(image: np.ndarray, factor: np.ndarray) -> np.ndarray:
+    return np.asarray(ImageEnhance.Color(Image.fromarray(image)).enhance(float(factor)))
 
 
 @pipeline_def(enable_conditionals=True)
-def _train_graph(source, plan: TrainPlan, normalize: dict, is_gpu: bool):
-    num_inputs = 4 + (3 * _NUM_STAGES if plan.views == 2 else 0)
-    file_name, start, shape, flip, *jitter = fn.external_source(source, num_outputs=num_inputs)
-    image = fn.decoders.image_slice(
-        fn.io.file.read(file_name), start=start, shape=shape, axes=[0, 1], **_decode_options(is_gpu)
-    )
-    image = fn.resize(image, size=[plan.img_size, plan.img_size], **_RESIZE_OPTIONS)
+def _train_graph(
+    files: Iterable,
+    inputs: Iterable,
+    plan: TrainPlan,
+    normalize: dict,
+    decoder: dict,
+    threads: ThreadPoolExecutor | None,
+):
+    num_inputs = 3 + (2 * _NUM_STAGES if plan.views == 2 else 0)
+    start, shape, flip, *jitter = fn.external_source(inputs, num_outputs=num_inputs)
+    image = _decode_crop(_encoded(files, plan), start, shape, decoder)
+    image = _resize(image, types.Constant(np.full(2, plan.img_size, dtype=np.float32)), threads)
     teacher_view = fn.crop_mirror_normalize(image, mirror=flip, **normalize)
     if plan.views == 1:
         return teacher_view
-    orders, factors, matrices = jitter[:_NUM_STAGES], jitter[_NUM_STAGES : 2 * _NUM_STAGES], jitter[-_NUM_STAGES:]
-    for order, factor, matrix in zip(orders, factors, matrices):
+    for order, factor in zip(jitter[:_NUM_STAGES], jitter[_NUM_STAGES:]):
         # a condition on a per-sample value splits the batch, so each sample pays for its own operation only
         if order == BRIGHTNESS:
             image = fn.brightness_contrast(image, brightness=factor, brightness_shift=_TRUNCATE / 255)
@@ -138,14 +267,21 @@ def _train_graph(source, plan: TrainPlan, normalize: dict, is_gpu: bool):
                 brightness_shift=_TRUNCATE / 255,
             )
         else:
-            image = fn.coord_transform(image, M=matrix, T=_TRUNCATE, dtype=types.UINT8)
+            image = _saturate(image, factor, threads)
     return teacher_view, fn.crop_mirror_normalize(image, mirror=flip, **normalize)
 
 
 @pipeline_def
-def _eval_graph(source, plan: EvalPlan, normalize: dict, is_gpu: bool):
-    file_name, size, anchor = fn.external_source(source, num_outputs=3)
-    image = fn.decoders.image(fn.io.file.read(file_name), **_decode_options(is_gpu))
-    image = fn.resize(image, size=size, **_RESIZE_OPTIONS)
+def _eval_graph(
+    files: Iterable,
+    inputs: Iterable,
+    plan: EvalPlan,
+    normalize: dict,
+    decoder: dict,
+    threads: ThreadPoolExecutor | None,
+):
+    size, anchor = fn.external_source(inputs, num_outputs=2)
+    image = fn.decoders.image(_encoded(files, plan), **decoder)
+    image = _resize(image, size, threads)
     image = fn.slice(image, start=anchor, shape=[plan.img_size, plan.img_size], axes=[0, 1])
     return fn.crop_mirror_normalize(image, **normalize)

@@ -7,6 +7,14 @@ class DataError(InputError):
     """A folder, image file or loader setting that can't be used; the message names it and what is wanted."""
 
 
+class ImageError(DataError):
+    """One image that can't be decoded, for the `reason`; the message names it too."""
+
+    def __init__(self, message: str, reason: str = ""):
+        super().__init__(message)
+        self.reason = reason
+
+
 def name_some(names, limit: int = 10) -> str:
     """The first `limit` names and how many more there are, for messages about many files."""
     names = list(names)

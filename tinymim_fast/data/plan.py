@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import numpy as np
 
-from tinymim_fast.data.augment import TwoViewParams, draw_two_view_params, epoch_order
-from tinymim_fast.data.errors import DataError
-from tinymim_fast.data.index import ImageFolderIndex
+from tinymim_fast.data.augment import TwoViewParams, draw_replacements, draw_two_view_params, epoch_order
+from tinymim_fast.data.errors import DataError, name_some
+from tinymim_fast.data.index import ImageIndex
+
+_REPLACEMENTS = 16  # of one sample to try; all fail where something else than a few files is broken
 
 _order_of_epoch = lru_cache(maxsize=2)(epoch_order)  # two, for prefetching over an epoch's end
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class TrainPlan:
-    """The micro-batches of one rank, numbered from 0 across epochs; see `build_loader` for the fields."""
+    """The micro-batches of one rank, numbered from 0 across epochs; see `build_loader` for the fields.
 
-    index: ImageFolderIndex
+    `bad` holds the samples whose files turned out not to decode, with the reason; loaders add to it.
+    """
+
+    index: ImageIndex
     batch_size: int
     img_size: int
     views: int
@@ -30,6 +35,7 @@ class TrainPlan:
     ratio: tuple[float, float]
     hflip: float
     color_jitter: tuple[float, float, float]
+    bad: dict[int, str] = field(default_factory=dict)
 
     def __post_init__(self):
         if self.views not in (1, 2):
@@ -55,18 +61,43 @@ class TrainPlan:
     def sample_ids(self, number: int) -> np.ndarray:
         """(batch_size,) int64: micro-batch a of a step is the step's a-th block, of which each rank has a slice."""
         step, micro = divmod(number, self.accumulation_steps)
-        epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
+        step_in_epoch = step % self.steps_per_epoch
         start = step_in_epoch * self.global_batch_size + (micro * self.world_size + self.rank) * self.batch_size
-        return _order_of_epoch(len(self.index), self.seed, epoch)[start : start + self.batch_size]
+        return _order_of_epoch(len(self.index), self.seed, self._epoch(number))[start : start + self.batch_size]
+
+    def read_ids(self, number: int) -> np.ndarray:
+        """(batch_size,) int64, whose files to read: `sample_ids(number)`, with those in `bad` replaced.
+
+        A replacement depends on (seed, epoch, sample) and on which files can't be decoded, on nothing else.
+
+        Raises:
+            DataError: the replacements of a sample are bad too.
+        """
+        sample_ids = self.sample_ids(number)
+        if not self.bad:
+            return sample_ids
+        return np.array([self._replace(i, number) if i in self.bad else i for i in sample_ids.tolist()], dtype=np.int64)
+
+    def _replace(self, sample_id: int, number: int) -> int:
+        draws = draw_replacements(sample_id, len(self.index), _REPLACEMENTS, seed=self.seed, epoch=self._epoch(number))
+        for other in draws:
+            if other not in self.bad:
+                return other
+        raise DataError(
+            f"got {self.index.file(draws[-1])}, which can't be decoded ({self.bad[draws[-1]]}), like {len(self.bad)} more "
+            f"images of {self.index.root}; are they still there?"
+        )
+
+    def _epoch(self, number: int) -> int:
+        return number // self.accumulation_steps // self.steps_per_epoch
 
     def params(self, number: int) -> TwoViewParams:
-        """Augmentation of micro-batch `number`, in the order of `sample_ids(number)`."""
-        sample_ids = self.sample_ids(number)
+        """Augmentation of micro-batch `number`: drawn for `sample_ids(number)`, fitted to the sizes of `read_ids(number)`."""
         return draw_two_view_params(
-            self.index.sizes[sample_ids],
-            sample_ids,
+            self.index.sizes[self.read_ids(number)],
+            self.sample_ids(number),
             seed=self.seed,
-            epoch=number // self.accumulation_steps // self.steps_per_epoch,
+            epoch=self._epoch(number),
             scale=self.scale,
             ratio=self.ratio,
             hflip=self.hflip,
@@ -88,7 +119,7 @@ class CenterCrops:
 class EvalPlan:
     """The batches of one rank for evaluation, in index order; see `build_eval_loader` for the fields."""
 
-    index: ImageFolderIndex
+    index: ImageIndex
     batch_size: int
     img_size: int
     resize_size: int
@@ -96,6 +127,11 @@ class EvalPlan:
     world_size: int
 
     def __post_init__(self):
+        if self.index.damaged:
+            raise DataError(
+                f"got {self.index.root}, where {len(self.index.damaged)} images can't be decoded: "
+                f"{name_some(self.index.damaged)}; replace or remove them, an evaluation counts all images"
+            )
         if not 0 <= self.rank < self.world_size:
             raise DataError(f"got rank={self.rank}, want 0 <= rank < world_size={self.world_size}")
         if self.resize_size < self.img_size:
@@ -114,6 +150,8 @@ class EvalPlan:
     def sample_ids(self, number: int) -> np.ndarray:
         """(up to batch_size,) int64; only a rank's last batch is smaller."""
         return np.array(self.shard[number * self.batch_size : (number + 1) * self.batch_size], dtype=np.int64)
+
+    read_ids = sample_ids  # all of them, or an error
 
     def params(self, number: int) -> CenterCrops:
         """torchvision's `Resize(resize_size)` and `CenterCrop(img_size)`, roundings included."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -9,7 +10,7 @@ import torchvision.transforms.functional as F
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from tinymim_fast.data.errors import DataError
+from tinymim_fast.data.errors import DataError, ImageError
 from tinymim_fast.data.plan import EvalPlan, TrainPlan
 
 _JITTER = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation)  # indexed by BRIGHTNESS, CONTRAST, SATURATION
@@ -17,16 +18,18 @@ _BICUBIC = F.InterpolationMode.BICUBIC
 
 
 class _TrainBatches(Dataset):
-    """Micro-batch number -> `views` uint8 tensors (B, 3, S, S), on the CPU."""
+    """Micro-batch number -> `views` uint8 tensors (B, 3, S, S), on the CPU, and what the plan knows to be bad now."""
 
     def __init__(self, plan: TrainPlan):
         self.plan = plan
 
-    def __getitem__(self, number: int) -> tuple[torch.Tensor, ...]:
-        plan, params, samples = self.plan, self.plan.params(number), []
-        for i, sample_id in enumerate(plan.sample_ids(number)):
+    def __getitem__(self, number: int) -> tuple[tuple[torch.Tensor, ...], dict[int, str]]:
+        plan, samples = self.plan, []
+        read_ids, params = plan.read_ids(number), plan.params(number)
+        for i in range(len(read_ids)):
+            while (image := self._read(int(read_ids[i]))) is None:
+                read_ids, params = plan.read_ids(number), plan.params(number)  # only the i-th are others
             box = (int(params.top[i]), int(params.left[i]), int(params.height[i]), int(params.width[i]))
-            image = plan.index.read_image(sample_id)
             image = F.resized_crop(image, *box, [plan.img_size, plan.img_size], interpolation=_BICUBIC)
             if params.flip[i]:
                 image = F.hflip(image)
@@ -36,23 +39,30 @@ class _TrainBatches(Dataset):
                     image = _JITTER[operation](image, float(params.jitter[i, operation]))
                 views.append(image)
             samples.append([F.pil_to_tensor(view) for view in views])
-        return tuple(torch.stack(view) for view in zip(*samples))
+        return tuple(torch.stack(view) for view in zip(*samples)), dict(plan.bad)
+
+    def _read(self, sample_id: int) -> Image.Image | None:
+        try:
+            return self.plan.index.read_image(sample_id)
+        except ImageError as error:
+            self.plan.bad[sample_id] = error.reason
+            return None
 
 
 class _EvalBatches(Dataset):
-    """Batch number -> one uint8 tensor (B, 3, S, S), on the CPU."""
+    """Batch number -> one uint8 tensor (B, 3, S, S), on the CPU, and nothing bad."""
 
     def __init__(self, plan: EvalPlan):
         self.plan = plan
 
-    def __getitem__(self, number: int) -> tuple[torch.Tensor]:
+    def __getitem__(self, number: int) -> tuple[tuple[torch.Tensor], dict[int, str]]:
         plan, params, images = self.plan, self.plan.params(number), []
         for i, sample_id in enumerate(plan.sample_ids(number)):
             image: Image.Image = plan.index.read_image(sample_id)
             image = F.resize(image, [int(params.height[i]), int(params.width[i])], interpolation=_BICUBIC)
             image = F.crop(image, int(params.top[i]), int(params.left[i]), plan.img_size, plan.img_size)
             images.append(F.pil_to_tensor(image))
-        return (torch.stack(images),)
+        return (torch.stack(images),), {}
 
 
 def batches(
@@ -64,16 +74,17 @@ def batches(
     prefetch: int,
     mean: Sequence[float],
     std: Sequence[float],
+    dtype: torch.dtype,
 ) -> Iterator[tuple[torch.Tensor, ...]]:
-    """Float32 views (B, 3, S, S) on `device` for each batch number; `workers` processes, 0 for none.
+    """Views (B, 3, S, S) of `dtype` on `device` for each batch number; `workers` processes, 0 for none.
 
     Raises:
-        DataError: a file can't be decoded; names it.
+        DataError: a file can't be decoded in evaluation, or hardly any in training; names it.
     """
-    dataset = _TrainBatches(plan) if isinstance(plan, TrainPlan) else _EvalBatches(plan)
+    is_train = isinstance(plan, TrainPlan)
     loader = iter(
         DataLoader(
-            dataset,
+            _TrainBatches(plan) if is_train else _EvalBatches(plan),
             batch_size=None,  # one item is one batch
             sampler=numbers,
             num_workers=min(workers, len(numbers)),
@@ -85,10 +96,13 @@ def batches(
     scale = torch.tensor([1 / (255 * s) for s in std], device=device).view(3, 1, 1)
     shift = torch.tensor([-m / s for m, s in zip(mean, std)], device=device).view(3, 1, 1)
     try:
-        for views in loader:  # uint8, a quarter of the bytes for workers to send
-            yield tuple(torch.addcmul(shift, view.to(device, non_blocking=True), scale) for view in views)
+        for views, bad in loader:  # uint8, a quarter of the bytes for workers to send
+            if is_train:
+                plan.bad.update(bad)
+            views = (torch.addcmul(shift, view.to(device, non_blocking=True), scale) for view in views)
+            yield tuple(view.to(dtype) for view in views)
     except DataError as error:  # a worker's comes with its traceback in front
-        raise DataError(str(error).rpartition("DataError: ")[2].strip()) from None
+        raise DataError(re.split(r"\b(?:Data|Image)Error: ", str(error))[-1].strip()) from None
     finally:
         if hasattr(loader, "_shutdown_workers"):  # now, not when the last traceback that holds it is dropped
             loader._shutdown_workers()

@@ -1,0 +1,317 @@
+"""Pack an image folder into tar shards in webdataset's layout, for training with random access and for anybody's streaming.
+
+python -m tinymim_fast.data.pack SRC DST     (SRC/train/<class>/*.jpg or SRC/<class>/*.jpg; also val)
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import io
+import json
+import os
+import sys
+import tarfile
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from tinymim_fast.data.augment import epoch_order
+from tinymim_fast.data.errors import DataError
+from tinymim_fast.data.headers import decode_rgb
+from tinymim_fast.data.index import (
+    INDEX_FILE,
+    ImageIndex,
+    find_images,
+    in_parallel,
+    save_indexes,
+    scan_images,
+    splits_of,
+)
+from tinymim_fast.errors import EXIT_INPUT
+
+MANIFEST = "manifest.json"
+_EPILOG = """\
+Shards are DST/train-000000.tar and so on, with <key>.jpg and <key>.cls for each image; keys are the paths in SRC, "." as
+%2E. Their images are shuffled, once, so that they can be streamed too. DST/manifest.json holds class names, and count and
+SHA-256 of each shard; DST/index.npz where each image lies. --data-path DST trains in the order of SRC, and with its crops
+where nothing was resized.
+
+A pack that was cut off goes on with the same command. Damaged images are left out and named. With --short-side, larger
+images are resized as for evaluation (bicubic, antialiased) and stored as RGB JPEG without EXIF; others are copied byte
+for byte.
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """One shard to write: its name and its images, in its order."""
+
+    name: str
+    images: ImageIndex
+
+
+def pack(
+    src: Path,
+    dst: Path,
+    *,
+    short_side: int | None = None,
+    quality: int = 95,
+    max_count: int = 10_000,
+    shard_size: int = 1000,
+    workers: int = 8,
+) -> None:
+    """Write the shards, manifest and index of a data set; shards that are complete already are kept.
+
+    Args:
+        src: image folder, or one of train/ and val/.
+        dst: folder to fill.
+        short_side: pixels; larger images are resized to it. None copies all.
+        quality: of resized JPEGs.
+        max_count: images in a shard, at most.
+        shard_size: MB of source files in a shard, at most, unless one file alone is larger.
+        workers: processes.
+
+    Raises:
+        DataError: no images, a damaged one that no header shows, `dst` holds something else, or can't be written.
+    """
+    options = {"short_side": short_side, "quality": quality if short_side else None}
+    sources = {split or "train": find_images(src, split=split, workers=workers) for split in splits_of(src)}
+    manifest = {
+        "made_from": {
+            **options,
+            "max_count": max_count,
+            "shard_size": shard_size,
+            "images": {split: _fingerprint(index) for split, index in sources.items()},
+        },
+        "class_names": {split: list(index.class_names) for split, index in sources.items()},
+        "left_out": {split: index.damaged for split, index in sources.items()},
+        "shards": {},
+    }
+    try:
+        done = _begin(dst, manifest)
+        for split, index in sources.items():
+            jobs = [job for job in _jobs(split, index, max_count, 10**6 * shard_size) if job.name not in done]
+            write = partial(_write_shard, dst=dst, **options)
+            for job, entry in zip(jobs, in_parallel(write, jobs, workers, _bar)):
+                done[job.name] = entry
+                _write_manifest(dst, manifest, done)
+        splits = {split: _index_of(dst, split, index, short_side, workers) for split, index in sources.items()}
+        save_indexes(dst / INDEX_FILE, splits, home=dst)
+    except OSError as error:
+        raise DataError(
+            f"got {dst}, which can't be written: {error}; the same command goes on with whole shards"
+        ) from error
+
+
+def verify(dst: Path, *, workers: int = 8) -> None:
+    """Compare each shard with the manifest.
+
+    Raises:
+        DataError: no complete pack, or shards that are missing or changed; names them.
+    """
+    shards = _read_manifest(dst)["shards"]
+    if not (dst / INDEX_FILE).is_file():
+        raise DataError(f"got {dst}, which is not packed to the end; start the same pack again")
+    found = list(in_parallel(_checksum, [dst / name for name in shards], workers, _bar))
+    broken = [name for (name, entry), checksum in zip(shards.items(), found) if checksum != entry["sha256"]]
+    if broken:
+        raise DataError(
+            f"got shards in {dst} that are missing or not what was packed: {', '.join(broken)}; remove them and {INDEX_FILE}, "
+            "and pack again"
+        )
+    print(f"{len(shards):,} shards, {sum(entry['num_images'] for entry in shards.values()):,} images: all as packed")
+
+
+def _jobs(split: str, index: ImageIndex, max_count: int, max_bytes: int) -> list[_Job]:
+    jobs, start, size = [], 0, 0
+    order = epoch_order(len(index), seed=0, epoch=0)
+    for end, num_bytes in enumerate(index.num_bytes[order].tolist()):
+        if end > start and (end - start == max_count or size + num_bytes > max_bytes):
+            jobs.append(_Job(f"{split}-{len(jobs):06d}.tar", _part(index, order[start:end])))
+            start, size = end, 0
+        size += num_bytes
+    return [*jobs, _Job(f"{split}-{len(jobs):06d}.tar", _part(index, order[start:]))]
+
+
+def _part(index: ImageIndex, sample_ids: np.ndarray) -> ImageIndex:
+    """Some of the images; small, to be sent to another process."""
+    return ImageIndex(
+        root=index.root,
+        paths=[index.paths[i] for i in sample_ids],
+        labels=index.labels[sample_ids],
+        class_names=(),
+        sizes=index.sizes[sample_ids],
+        num_bytes=index.num_bytes[sample_ids],
+        shards=index.shards,
+        spans=None if index.spans is None else index.spans[sample_ids],
+    )
+
+
+def _write_shard(job: _Job, *, dst: Path, short_side: int | None, quality: int | None) -> dict:
+    """One shard, under a temporary name until it is whole; returns its entry in the manifest."""
+    index, final, temporary = job.images, dst / job.name, dst / f"{job.name}.tmp"
+    with tarfile.open(temporary, "w") as tar:
+        for i in range(len(index)):
+            name = _member_name(index, i, short_side)
+            content = _resized(index, i, short_side, quality) if _is_large(index, i, short_side) else index.encoded(i)
+            for ending, data in ((None, content), ("cls", str(index.labels[i]).encode())):
+                member = tarfile.TarInfo(name if ending is None else f"{os.path.splitext(name)[0]}.{ending}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    entry = {
+        "num_images": len(index),
+        "num_bytes": temporary.stat().st_size,
+        "sha256": _checksum(temporary),
+    }
+    os.replace(temporary, final)
+    return entry
+
+
+def _is_large(index: ImageIndex, sample_id: int, short_side: int | None) -> bool:
+    return short_side is not None and index.sizes[sample_id].min() > short_side
+
+
+def _member_name(index: ImageIndex, sample_id: int, short_side: int | None) -> str:
+    """A key ends at the first dot of its last part, so dots before the ending are written as %2E."""
+    stem, ending = os.path.splitext(index.paths[sample_id])
+    folder, slash, base = stem.rpartition("/")
+    if _is_large(index, sample_id, short_side) and ending.lower() not in (".jpg", ".jpeg"):
+        ending = ".jpg"
+    return folder + slash + base.replace("%", "%25").replace(".", "%2E") + ending
+
+
+def _resized(index: ImageIndex, sample_id: int, short_side: int, quality: int) -> bytes:
+    image = decode_rgb(io.BytesIO(index.encoded(sample_id)), index.file(sample_id))
+    short = min(image.size)
+    size = [short_side * side // short for side in image.size]  # torchvision's Resize
+    buffer = io.BytesIO()
+    image.resize(size, Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=quality)
+    return buffer.getvalue()
+
+
+def _index_of(dst: Path, split: str, source: ImageIndex, short_side: int | None, workers: int) -> ImageIndex:
+    """Where each image of `source` lies in the shards, in the order of `source`."""
+    packed = scan_images(dst, split=split, workers=workers)
+    position = {name: i for i, name in enumerate(packed.paths)}
+    try:
+        order = np.array([position[_member_name(source, i, short_side)] for i in range(len(source))])
+    except KeyError as error:
+        raise DataError(f"got shards in {dst} without {error}; run --verify") from error
+    arrays = ("sizes", "num_bytes", "verdicts", "formats", "modes", "spans")
+    return dataclasses.replace(
+        packed,
+        paths=source.paths,
+        labels=source.labels,
+        class_names=source.class_names,
+        **{name: getattr(packed, name)[order] for name in arrays},
+    )
+
+
+def _fingerprint(index: ImageIndex) -> str:
+    digest = hashlib.sha256("\0".join(index.paths).encode(errors="surrogateescape"))
+    for array in (index.labels, index.sizes, index.num_bytes):
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
+
+
+def _checksum(path: Path) -> str:
+    """SHA-256 of a file, "" where there is none."""
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb") as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+    except FileNotFoundError:
+        return ""
+    return digest.hexdigest()
+
+
+def _begin(dst: Path, manifest: dict) -> dict[str, dict]:
+    """Make or check `dst`; returns the entries of the shards that are complete."""
+    if not (dst / MANIFEST).is_file():
+        if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
+            raise DataError(f"got {dst}, which holds something else; want a new or empty folder for the shards")
+        dst.mkdir(parents=True, exist_ok=True)
+        _write_manifest(dst, manifest, {})
+        return {}
+    before = _read_manifest(dst)
+    if before["made_from"] != manifest["made_from"]:
+        raise DataError(f"got {dst}, which holds shards of other images or options; choose another folder")
+    for unfinished in dst.glob("*.tar.tmp"):
+        unfinished.unlink()
+    return {
+        name: entry
+        for name, entry in before["shards"].items()
+        if (dst / name).is_file() and (dst / name).stat().st_size == entry["num_bytes"]
+    }
+
+
+def _read_manifest(dst: Path) -> dict:
+    try:
+        return json.loads((dst / MANIFEST).read_text())
+    except (OSError, ValueError) as error:
+        raise DataError(f"got {dst}, want a folder that python -m tinymim_fast.data.pack made: {error}") from error
+
+
+def _write_manifest(dst: Path, manifest: dict, shards: dict[str, dict]) -> None:
+    temporary = dst / f"{MANIFEST}.tmp"
+    temporary.write_text(json.dumps({**manifest, "shards": shards}, indent=1) + "\n")
+    os.replace(temporary, dst / MANIFEST)
+
+
+def _bar(parts, total):
+    return tqdm(parts, total=total, unit="shard", disable=not sys.stderr.isatty(), dynamic_ncols=True, leave=False)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m tinymim_fast.data.pack",
+        description=__doc__.split("\n")[0],
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("src", type=Path, nargs="?", help="image folder, or one of train/ and val/")
+    parser.add_argument("dst", type=Path, help="new folder for the shards, or one to go on with")
+    parser.add_argument("--short-side", type=int, help="resize larger images to this short side, pixels")
+    parser.add_argument("--quality", type=int, default=95, help="of resized JPEGs, 1 to 95 (default: 95)")
+    parser.add_argument("--max-count", type=int, default=10_000, help="images in a shard (default: 10000)")
+    parser.add_argument("--shard-size", type=int, default=1000, help="MB of images in a shard (default: 1000)")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: one a core)")
+    parser.add_argument("--verify", action="store_true", help="compare each shard with its checksum; needs DST alone")
+    args = parser.parse_args(argv)
+    try:
+        for name in ("short_side", "quality", "max_count", "shard_size", "workers"):
+            value = getattr(args, name)
+            if value is not None and not 0 < value <= (95 if name == "quality" else value):
+                raise DataError(
+                    f"got --{name.replace('_', '-')} {value}, want {'1 to 95' if name == 'quality' else 'more than 0'}"
+                )
+        if args.src is not None:
+            pack(
+                args.src,
+                args.dst,
+                short_side=args.short_side,
+                quality=args.quality,
+                max_count=args.max_count,
+                shard_size=args.shard_size,
+                workers=args.workers,
+            )
+            print(f"packed: {args.dst}; train with --data-path {args.dst}")
+        elif not args.verify:
+            raise DataError(f"got {args.dst} alone, want SRC DST, or --verify")
+        if args.verify:
+            verify(args.dst, workers=args.workers)
+    except DataError as error:
+        print(f"pack: {error}", file=sys.stderr)
+        return EXIT_INPUT
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
