@@ -3,9 +3,10 @@
 python benchmarks/data_loading.py                                    # draws JPEGs of ImageNet's size
 python benchmarks/data_loading.py --data-path /data/imagenet --time-budget 600 --output results.csv
 
-Providers: "dali_mixed" (decoding on the GPU) or "dali_cpu", "fallback" (--loader torchvision of this package), and
-"torchvision", a data set and transforms as its tutorials write them. All give normalised views on the device: a random
-resized crop, and with two views the same crop with colour jitter. A provider whose views differ from PIL's gets no number.
+Providers: "dali_mixed" (decoding on the GPU) or "dali_cpu", "fallback" (--loader torchvision of this package), and a data
+set as a user would write it, "torchvision" with PIL images and transforms, "torchvision_v2" with tensors and transforms.v2.
+All give normalised views on the device: a random resized crop, and with two views the same crop with colour jitter. One of
+ours whose views differ from PIL's gets no number.
 Each repeat starts a loader anew and times it once it runs; providers take turns. Files are in the page cache. Workers
 are DALI's threads or DataLoader's processes; what both cost is the CPU time per image, of all threads and processes.
 """
@@ -23,6 +24,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +33,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, RandomSampler
-from torchvision import transforms
+from torchvision import io, transforms
+from torchvision.transforms import v2
 
 import harness
 from tinymim_fast.config import IMAGENET_MEAN, IMAGENET_STD
@@ -125,8 +128,36 @@ class UserDataset(Dataset):
         return tuple(self.to_tensor(view) for view in views)
 
 
-def user_batches(index: ImageIndex, point: Point, num_batches: int, device: torch.device) -> Batches:
-    dataset = UserDataset(index, point.views)
+class UserTensorDataset(Dataset):
+    """The same with tensors from file to view: torchvision's own decoder and its transforms of today."""
+
+    def __init__(self, index: ImageIndex, views: int):
+        self.files = [index.file(i) for i in range(len(index))]
+        self.crop_and_flip = v2.Compose(
+            [
+                v2.RandomResizedCrop(IMG_SIZE, scale=SCALE, interpolation=v2.InterpolationMode.BICUBIC, antialias=True),
+                v2.RandomHorizontalFlip(),
+            ]
+        )
+        self.jitter = v2.ColorJitter(JITTER, JITTER, JITTER) if views == 2 else None
+        self.normalize = v2.Compose(
+            [v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean=IMAGENET_MEAN, std=IMAGENET_STD)]
+        )
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, i: int) -> tuple[torch.Tensor, ...]:
+        image = self.crop_and_flip(io.decode_image(self.files[i], mode=io.ImageReadMode.RGB))
+        views = [image] if self.jitter is None else [image, self.jitter(image)]
+        return tuple(self.normalize(view) for view in views)
+
+
+USER_DATASETS = {"torchvision": UserDataset, "torchvision_v2": UserTensorDataset}
+
+
+def user_batches(name: str, index: ImageIndex, point: Point, num_batches: int, device: torch.device) -> Batches:
+    dataset = USER_DATASETS[name](index, point.views)
     loader = DataLoader(
         dataset,
         batch_size=point.batch_size,
@@ -194,14 +225,14 @@ PROVIDERS = {
     "dali_mixed": our_batches("dali"),
     "dali_cpu": our_batches("dali"),
     "fallback": our_batches("torchvision"),
-    "torchvision": user_batches,
+    **{name: partial(user_batches, name) for name in USER_DATASETS},
 }
 PEER = "torchvision"
 
 
 def gate(provider: str, index: ImageIndex, point: Point, device: torch.device) -> dict:
     """Columns of a provider whose views of some images were held against PIL's and torchvision's."""
-    if provider == PEER:
+    if provider in USER_DATASETS:
         return {"status": harness.OK}
     small = replace(point, batch_size=min(32, len(index)), num_workers=1)
     with make_loader(index, small, "torchvision", torch.device("cpu")) as exact:
@@ -377,7 +408,7 @@ def run(args: argparse.Namespace, results: harness.ResultFile, indexes: dict[str
 
 def runs(provider: str, point: Point) -> bool:
     """Whether the point says anything about a provider."""
-    if provider == PEER:
+    if provider in USER_DATASETS:
         return point.source == "folder" and point.decode == CROP
     return point.decode == CROP or provider.startswith("dali")
 
@@ -413,7 +444,13 @@ def print_table(rows: Sequence[Row]) -> None:
         print(f"  {row.provider:<14}" + "".join(f"{cell:>14}" for cell in cells))
 
 
-COLORS = {"dali_mixed": "#009E73", "dali_cpu": "#0072B2", "fallback": "#7F7F7F", "torchvision": "#222222"}
+COLORS = {
+    "dali_mixed": "#009E73",
+    "dali_cpu": "#0072B2",
+    "fallback": "#7F7F7F",
+    "torchvision": "#222222",
+    "torchvision_v2": "#D55E00",
+}
 X_AXES = {
     "views": ("views", "views"),
     "source": ("source", "files"),
@@ -540,7 +577,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         picture = args.output.with_suffix(".png")
         draw(results.rows, picture)
         print(f"\n{args.output}: {len(rows)} rows; {picture}")
-    broken = [row for row in rows if row.provider != PEER and row.status != harness.OK]
+    broken = [row for row in rows if row.provider not in USER_DATASETS and row.status != harness.OK]
     for row in broken:
         print(f"{row.provider}: {row.status} at {row}: {row.detail}", file=sys.stderr)
     return 1 if broken else 0

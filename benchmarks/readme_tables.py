@@ -23,6 +23,13 @@ NAMES = {
     "triton": "**`triton`**",
 }
 OURS = "triton", "chunked"
+LOADERS = {
+    "dali_mixed": "**DALI**, decoding on the GPU",
+    "dali_cpu": "**DALI**",
+    "fallback": "`--loader torchvision`",
+    "torchvision": "torchvision, PIL",
+    "torchvision_v2": "torchvision, `v2` on tensors",
+}
 # What is proven, how on a CPU (CI), and the parts of run_all.py that must have passed on a GPU.
 PROOFS = [
     (
@@ -56,11 +63,11 @@ def read_rows(folder: Path, name: str = "*.csv") -> list[Row]:
     return rows
 
 
-def newest(rows: Iterable[Row], benchmark: str) -> dict[str, list[Row]]:
-    """Rows of one benchmark by device, of the last date on which it was run there."""
+def newest(rows: Iterable[Row], benchmark: str, **where: str) -> dict[str, list[Row]]:
+    """Rows of one benchmark by device in whose columns these values stand, of the last date on which it was run there."""
     by_device: dict[str, list[Row]] = {}
     for row in rows:
-        if row["benchmark"] == benchmark:
+        if row["benchmark"] == benchmark and all(row[name] == value for name, value in where.items()):
             by_device.setdefault(row["device"], []).append(row)
     return {
         device: [row for row in found if row["date"] == max(row["date"] for row in found)]
@@ -117,9 +124,15 @@ def _ratio(row: Row, ours: Row) -> str:
 def performance(results: Path) -> str:
     """A section for each device, GPUs first, and the picture of the first that has one."""
     rows = read_rows(results)
-    losses, steps = newest(rows, "relation_loss"), newest(rows, "train_step")
+    losses = newest(rows, "relation_loss", sweep="presets", mode="forward_backward")
+    steps, loading = newest(rows, "train_step"), newest(rows, "data_loading", sweep="views")
     devices = sorted(losses, key=lambda device: (losses[device][0]["device_type"] != "cuda", device))
-    sections = [device_section(losses[device], steps.get(device, [])) for device in devices]
+    sections = []
+    for device in dict.fromkeys([*devices, *loading]):
+        if device in losses:
+            sections.append(device_section(losses[device], steps.get(device, [])))
+        if device in loading:
+            sections.append(loading_section(loading[device]))
     for device in devices:
         for picture in sorted(Path(losses[device][0]["file"]).parent.glob("*tokens_time.png")):
             name = f"Time against the number of tokens, {device}"
@@ -129,10 +142,9 @@ def performance(results: Path) -> str:
 
 def device_section(losses: list[Row], steps: list[Row]) -> str:
     """A table with a line for each provider, and the sentence that says what was measured."""
-    points = [row for row in losses if row["sweep"] == "presets" and row["mode"] == "forward_backward"]
-    presets = list(dict.fromkeys(row["preset"] for row in points))
-    columns = [(f"ViT-{name}", by_provider(points, preset=name), "ms") for name in presets]
-    first = points[0]
+    presets = list(dict.fromkeys(row["preset"] for row in losses))
+    columns = [(f"ViT-{name}", by_provider(losses, preset=name), "ms") for name in presets]
+    first = losses[0]
     columns.append((f"extra MiB, ViT-{presets[0]}", columns[0][1], "MiB"))
     for pair in dict.fromkeys(row["pair"] for row in steps):
         of_pair = [row for row in steps if row["pair"] == pair]
@@ -141,12 +153,9 @@ def device_section(losses: list[Row], steps: list[Row]) -> str:
     found = {provider for _, rows, _ in columns for provider in rows}
     for provider in [*(name for name in NAMES if name in found), *sorted(found - NAMES.keys())]:
         table.append([NAMES.get(provider, provider), *(_cell(provider, rows, unit) for _, rows, unit in columns)])
-    widths = [max(map(len, column)) for column in zip(*table)]
-    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |" for line in table]
-    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
     threads = f", {first['num_threads']} threads" if first["device_type"] == "cpu" else ""
     relations = first["relations"].upper().replace("+", " + ")
-    batches = " and ".join(dict.fromkeys(row["batch_size"] for row in points))
+    batches = " and ".join(dict.fromkeys(row["batch_size"] for row in losses))
     how = (
         f"**{first['device']}{threads}**: milliseconds for {relations} and the student's gradient, from packed projections, {first['dtype']}, batch {batches}, "
         f"N = {first['num_tokens']}, and how many times our time that is. Medians of interleaved repeats; each provider is first held against fp64. "
@@ -159,9 +168,41 @@ def device_section(losses: list[Row], steps: list[Row]) -> str:
             f" Step: images/s of whole distillation steps on random images, {step['dtype']}, batch {step['batch_size']}, {models}; "
             f"{step['date']}, commit {step['commit']}: `python benchmarks/train_step.py`."
         )
-    how = how.replace("`python ", "`python\u00a0")  # commands stay on one line
-    how = textwrap.fill(how, 160, break_long_words=False, break_on_hyphens=False).replace("\u00a0", " ")
-    return "\n".join([how, "", *lines])
+    return _paragraph_and_table(how, table)
+
+
+def loading_section(rows: list[Row]) -> str:
+    """Images/s of the loaders, and how many times what a user's torchvision gives."""
+    first = rows[0]
+    views = list(dict.fromkeys(row["views"] for row in rows))
+    table = [["", *(f"images/s, {n} view{'s' * (n != '1')}" for n in views), f"CPU ms / image, {views[0]} views"]]
+    columns = [by_provider(rows, views=n) for n in views]
+    for provider in dict.fromkeys(row["provider"] for row in rows):
+        cells = []
+        for column in columns:
+            row, user = column.get(provider), column.get("torchvision", {})
+            if row is None or not row["images_per_s"]:
+                cells.append(row["status"] if row else "")
+                continue
+            rate, users = row["images_per_s"], user.get("images_per_s")
+            cells.append(_number(rate) + (f" ({float(rate) / float(users):.2f}x)" if users and row is not user else ""))
+        cpu = columns[0].get(provider, {}).get("cpu_ms_per_image", "")
+        table.append([LOADERS[provider], *cells, _number(cpu) if cpu else ""])
+    how = (
+        f"**Loading on {first['device']}, {first['num_workers']} workers**: from JPEGs of {float(first['kib_per_image']):.0f} KiB to normalised 224-pixel views, batch "
+        f"{first['batch_size']}, in the page cache, and how many times what torchvision gives as its users write it. Medians of interleaved repeats; our views are first held "
+        f"against PIL's. {first['date']}, commit {first['commit']}: `python benchmarks/data_loading.py`."
+    )
+    return _paragraph_and_table(how, table)
+
+
+def _paragraph_and_table(text: str, table: list[list[str]]) -> str:
+    text = text.replace("`python ", "`python\u00a0")  # commands stay on one line
+    text = textwrap.fill(text, 160, break_long_words=False, break_on_hyphens=False).replace("\u00a0", " ")
+    widths = [max(map(len, column)) for column in zip(*table)]
+    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |" for line in table]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return "\n".join([text, "", *lines])
 
 
 def _cell(provider: str, rows: dict[str, Row], unit: str) -> str:

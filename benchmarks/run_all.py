@@ -431,8 +431,9 @@ def parts_of(mode: str, cuda: bool, data_path: str) -> list[Part]:
         benchmark(
             "data_loading",
             *images,
-            *("--output", "{out}/data_loading.csv"),
-            needs=[*needs, "module:PIL", "module:torchvision"],
+            *("--time-budget", "{seconds}", "--output", "{out}/data_loading.csv"),
+            needs=[*needs, "module:nvidia.dali", "module:torchvision"],
+            limit_s=180 * patience,
             figure=last_line,
         ),
         benchmark(

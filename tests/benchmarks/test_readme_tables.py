@@ -55,6 +55,22 @@ def write(path, *rows):
         writer.writerows(rows)
 
 
+LOADING = {
+    "benchmark": "data_loading",
+    "sweep": "views",
+    "views": "2",
+    "batch_size": "64",
+    "num_workers": "2",
+    "provider": "dali_cpu",
+    "status": "ok",
+    "step_ms": "128",
+    "images_per_s": "500.0",
+    "cpu_ms_per_image": "3.5",
+    "kib_per_image": "107.1",
+    **{name: LOSS[name] for name in ("device_type", "device", "commit", "date")},
+}
+
+
 def losses(**changes):
     return [
         {**LOSS, **changes},
@@ -157,3 +173,23 @@ def test_headline():
     assert readme_tables.headline([STEP]) == "L-B: triton 100 ms, 1280 images/s"
     with pytest.raises(ValueError, match="no time of triton or chunked"):
         readme_tables.headline([{**row, "step_ms": ""} for row in rows])
+
+
+def test_loading(tmp_path):
+    peer = {**LOADING, "provider": "torchvision", "images_per_s": "250.0", "cpu_ms_per_image": "7.5"}
+    failed = {**LOADING, "provider": "fallback", "status": "failed gate", "images_per_s": "", "cpu_ms_per_image": ""}
+    one_view = {**LOADING, "views": "1", "images_per_s": "800.0"}
+    write(
+        tmp_path / "data_loading.csv",
+        LOADING,
+        failed,
+        peer,
+        one_view,
+        {**LOADING, "sweep": "batch", "images_per_s": "1"},
+    )
+    lines = lines_of(tmp_path)
+    cells = {name: [cell.strip() for cell in line.split("|")[2:-1]] for name, line in lines.items()}
+    assert cells[""] == ["images/s, 2 views", "images/s, 1 view", "CPU ms / image, 2 views"]
+    assert cells["**DALI**"] == ["500 (2.00x)", "800", "3.50"]
+    assert cells["`--loader torchvision`"] == ["failed gate", "", ""]
+    assert cells["torchvision, PIL"] == ["250", "", "7.50"]
