@@ -1,61 +1,96 @@
-"""Timing, correctness gate and the CSV schema that every benchmark here shares."""
+"""Timing, memory, correctness gate and result files that every benchmark here shares."""
+
+from __future__ import annotations
 
 import csv
 import datetime
+import itertools
+import math
 import platform
 import statistics
 import subprocess
+import sys
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
-# Largest error allowed beyond twice that of eager PyTorch, relative to the largest entry of the exact result:
-# a few roundings of the dtype.
-FLOORS = {torch.float64: 1e-14, torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+# A checkout needs no installation; where one is installed, that is what is measured.
+sys.path.append(str(Path(__file__).parent.parent))
+
+# Roundings of the dtype that no computation avoids, relative to the largest entry of the exact result; as in the tests.
+FLOORS = {torch.float64: 1e-14, torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+
+# What `status` of a row may be; only "ok" comes with numbers.
+OK, OUT_OF_MEMORY, FAILED_GATE, NOT_AVAILABLE = "ok", "out of memory", "failed gate", "not available"
+
+MIN_REPEATS, MAX_REPEATS = 5, 50
+# CUDA events lie around so many milliseconds of steps: far above their resolution and the cost of a launch.
+MIN_BLOCK_MS = 10.0
 
 
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """One line of a result file. Errors are relative to the largest entry of the fp64 result."""
-
-    benchmark: str
-    provider: str
-    relations: str
-    dtype: str
-    batch_size: int
-    num_heads: int
-    num_tokens: int
-    head_dim_s: int
-    head_dim_t: int
-    step_ms: float
-    step_ms_p20: float
-    step_ms_p80: float
-    num_repeats: int
-    loss_error: float
-    grad_error: float
-    device: str
-    num_threads: int
-    torch: str
-    triton: str
-    date: str
-    commit: str
+def default_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def environment(device: torch.device) -> dict[str, str | int]:
-    """The columns that describe the machine and the software."""
+    """The columns that describe machine and software, the last of every result file."""
+    cuda = device.type == "cuda"
     return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+        "device_type": device.type,
+        "device": torch.cuda.get_device_name(device) if cuda else _cpu_name(),
+        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if cuda else "",
         "num_threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "triton": triton.__version__,
+        "commit": _output("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty") or "uncommitted",
         "date": datetime.date.today().isoformat(),
-        "commit": _commit(),
     }
+
+
+class ResultFile:
+    """Rows of one kind, with the environment, in a CSV that is whole after each of them: an interrupted run keeps its rows.
+
+    Args:
+        path: overwritten with the first row, its folder is made; None keeps the rows in `rows` only.
+        device: what was measured.
+    """
+
+    def __init__(self, path: Path | None, device: torch.device) -> None:
+        self.path, self.environment = path, environment(device)
+        self.rows: list[dict[str, Any]] = []
+
+    def add(self, row: Any) -> None:
+        """Append a dataclass or a mapping; all must have the same columns."""
+        values = {**(asdict(row) if is_dataclass(row) else row), **self.environment}
+        assert not self.rows or list(values) == list(self.rows[0])
+        if self.path is not None:
+            first = not self.rows
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("w" if first else "a", newline="") as file:
+                writer = csv.DictWriter(file, list(values), lineterminator="\n")
+                if first:
+                    writer.writeheader()
+                writer.writerow(values)
+        self.rows.append(values)
+
+
+def write_csv(path: Path, rows: Sequence[Any], device: torch.device) -> None:
+    """Rows of one kind at once, dataclasses or mappings, with the environment."""
+    file = ResultFile(path, device)
+    for row in rows:
+        file.add(row)
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def relative_error(actual: Tensor, exact: Tensor) -> float:
@@ -68,52 +103,124 @@ def passes_gate(error: float, eager_error: float, dtype: torch.dtype) -> bool:
     return error <= 2 * eager_error + FLOORS[dtype]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Times:
+    """Milliseconds of a step, one number a repeat, each the mean over `steps_per_repeat` steps."""
+
+    step_ms: list[float]
+    steps_per_repeat: int
+
+    def columns(self) -> dict[str, float | int]:
+        return {
+            **percentiles(self.step_ms),
+            "num_repeats": len(self.step_ms),
+            "steps_per_repeat": self.steps_per_repeat,
+        }
+
+
+class StepError(Exception):
+    """A step failed while it was timed; `name` is whose, the cause is the error."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.name = name
+
+
 def time_interleaved(
-    steps: Mapping[str, Callable[[], object]], num_repeats: int, device: torch.device
-) -> dict[str, list[float]]:
-    """Milliseconds of each step, `num_repeats` rounds of all of them, so that a busy spell hits everyone."""
-    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    for _ in range(2):
-        for step in steps.values():
-            step()
-    step_ms: dict[str, list[float]] = {name: [] for name in steps}
+    steps: Mapping[str, Callable[[], object]],
+    *,
+    device: torch.device,
+    seconds: float = 10.0,
+    num_repeats: int | None = None,
+) -> dict[str, Times]:
+    """Times of all steps in alternation, so that a busy spell or a hot chip hits everyone.
+
+    On CUDA, a repeat is as many steps behind one another as fill MIN_BLOCK_MS, between two events: what a loop that
+    does not wait for the device sees; one more before them is not timed, in which the allocator takes back what the
+    others left. Elsewhere a repeat is one step. To leave the caches cold, a step must take other inputs each time.
+
+    Args:
+        seconds: all repeats together take about as long, but there are at least MIN_REPEATS, at most MAX_REPEATS.
+        num_repeats: so many, however long they take.
+
+    Raises:
+        StepError: from what a step raised.
+    """
+    cuda = device.type == "cuda"
+    steps_per_repeat, round_ms = {}, 0.0
+    for name, step in steps.items():
+        timed(name, step, 1, device)
+        step_ms = timed(name, step, 3 if cuda else 1, device)
+        steps_per_repeat[name] = math.ceil(MIN_BLOCK_MS / step_ms) if cuda else 1
+        round_ms += (steps_per_repeat[name] + cuda) * step_ms
+    if num_repeats is None:
+        num_repeats = min(max(int(1e3 * seconds / max(round_ms, 1e-3)), MIN_REPEATS), MAX_REPEATS)
+    times: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(num_repeats):
         for name, step in steps.items():
-            synchronize()
-            start = time.perf_counter()
+            if cuda:
+                timed(name, step, 1, device)
+            times[name].append(timed(name, step, steps_per_repeat[name], device))
+    return {name: Times(step_ms=times[name], steps_per_repeat=steps_per_repeat[name]) for name in steps}
+
+
+def timed(name: str, step: Callable[[], object], num_steps: int, device: torch.device) -> float:
+    """Mean milliseconds of `num_steps` steps behind one another."""
+    try:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            for _ in range(num_steps):
+                step()
+            end.record()
+            end.synchronize()
+            return start.elapsed_time(end) / num_steps
+        start_s = time.perf_counter()
+        for _ in range(num_steps):
             step()
-            synchronize()
-            step_ms[name].append(1e3 * (time.perf_counter() - start))
-    return step_ms
+        return 1e3 * (time.perf_counter() - start_s) / num_steps
+    except Exception as error:
+        raise StepError(name) from error
 
 
 def percentiles(step_ms: list[float]) -> dict[str, float]:
-    """The columns of one list of times: median, 20th and 80th percentile."""
-    fifths = statistics.quantiles(step_ms, n=5, method="inclusive")
+    """The columns of one list of times: median, 20th and 80th percentile, in milliseconds."""
+    fifths = statistics.quantiles(step_ms, n=5, method="inclusive") if len(step_ms) > 1 else step_ms * 4
     times = {"step_ms": statistics.median(step_ms), "step_ms_p20": fifths[0], "step_ms_p80": fifths[3]}
-    return {name: round(value, 3) for name, value in times.items()}
+    return {name: round(value, 4) for name, value in times.items()}
 
 
-def write_csv(path: Path, rows: list[Row]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
+def peak_extra_mib(step: Callable[[], object], device: torch.device) -> float:
+    """The most bytes in tensors during a step beyond those before it, with what it returns, in MiB.
+
+    As counted by PyTorch's allocator: on CUDA by its own counters, on the CPU from the profiler's record of what was
+    handed out and taken back. Memory that libraries get elsewhere, such as work space of MKL, is not in it.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        step()
+        torch.cuda.synchronize(device)
+        return round((torch.cuda.max_memory_allocated(device) - before) / 2**20, 1)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as record:
+        step()
+    events = [event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
+    return round(max(held, default=0) / 2**20, 1)
 
 
-def print_table(rows: list[Row], ours: str) -> None:
-    """The times, and how many times as fast `ours` is as each peer."""
-    columns = f"{'ms':>9}{'20 %':>9}{'80 %':>9}{'loss err':>11}{'grad err':>11}"
-    print(f"{'relations':<10}{'provider':<12}{columns}  {ours} is")
-    our_ms = {row.relations: row.step_ms for row in rows if row.provider == ours}
-    for row in rows:
-        peer = row.provider != ours and row.relations in our_ms
-        ratio = f"  {row.step_ms / our_ms[row.relations]:.2f}x as fast" if peer else ""
-        print(
-            f"{row.relations:<10}{row.provider:<12}{row.step_ms:>9.1f}{row.step_ms_p20:>9.1f}{row.step_ms_p80:>9.1f}"
-            f"{row.loss_error:>11.1e}{row.grad_error:>11.1e}{ratio}"
-        )
+def is_out_of_memory(error: BaseException) -> bool:
+    """CUDA's error, also where the compiler wraps it, or that of the CPU allocator, which has no type of its own."""
+    typed = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    return typed or "can't allocate memory" in str(error) or "CUDA out of memory" in str(error)
+
+
+def one_line(error: BaseException) -> str:
+    """Type and first line of an error, for a row's `detail`."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"[:200]
 
 
 def _cpu_name() -> str:
@@ -123,7 +230,11 @@ def _cpu_name() -> str:
     return names[0] if names else platform.processor()
 
 
-def _commit() -> str:
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    described = subprocess.run(command, capture_output=True, text=True, check=False)
-    return described.stdout.strip() or "uncommitted"
+def _output(*command: str) -> str:
+    """First line of what a program prints; empty where it is missing or fails."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:
+        return ""
+    lines = done.stdout.strip().splitlines()
+    return lines[0] if lines else ""

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tinymim_fast.config import RunConfig
-from tinymim_fast.engine import deepspeed_config, parameter_groups
+from tinymim_fast.engine import MOMENTS, Engine, deepspeed_config, parameter_groups, save_state
 from tinymim_fast.errors import InputError
 
 
@@ -18,7 +18,9 @@ def config(tmp_path=None, content=None, **kwargs):
 
 def test_own_configuration():
     ours = deepspeed_config(config(zero_stage=2, clip_grad=1.0, gradient_accumulation_steps=2), world_size=4)
-    assert ours["zero_optimization"] == {"stage": 2} and ours["bf16"] == {"enabled": True}
+    assert ours["zero_optimization"] == {"stage": 2, "round_robin_gradients": False} and ours["bf16"] == {
+        "enabled": True
+    }
     assert ours["train_micro_batch_size_per_gpu"] == 8 and ours["gradient_clipping"] == 1.0
     assert ours["data_types"] == {"grad_accum_dtype": "fp32"}
 
@@ -35,7 +37,7 @@ def test_a_users_file_is_merged(tmp_path):
         "comms_logger": {"enabled": True},
     }
     merged = deepspeed_config(config(tmp_path, theirs), world_size=2)
-    assert merged["zero_optimization"] == theirs["zero_optimization"]
+    assert merged["zero_optimization"] == {**theirs["zero_optimization"], "round_robin_gradients": False}
     assert merged["train_batch_size"] == 64 and merged["comms_logger"] == {"enabled": True}
     assert merged["bf16"] == {"enabled": True}
 
@@ -52,6 +54,10 @@ def test_a_users_file_is_merged(tmp_path):
         ({"fp16": {"enabled": True}}, "fp16.enabled is True, but this run has False; leave it out"),
         ({"gradient_clipping": 1.0}, "make --clip-grad equal"),
         ({"zero_optimization": 2}, "zero_optimization is 2"),
+        (
+            {"zero_optimization": {"round_robin_gradients": True}},
+            "round_robin_gradients is True, but this run has False",
+        ),
         ({"optimizer": {"type": "Adam"}}, "'optimizer' is set by"),
         ("[1]", "can't be read"),
         ("{", "can't be read"),
@@ -81,3 +87,63 @@ def test_world_of_one(world):
     work, answer = world.start_max(2)
     work.wait()
     assert int(answer) == 2
+
+
+def network(width=5):
+    torch.manual_seed(3)
+    return torch.nn.Sequential(torch.nn.Linear(4, width), torch.nn.GELU(), torch.nn.Linear(width, 3))
+
+
+def lr_at(step):
+    return 0.01 * (step + 1)
+
+
+def train_steps(engine, steps):
+    for step in steps:
+        inputs = torch.randn(8, 4, generator=torch.Generator().manual_seed(step))
+        engine.backward(engine.forward(inputs).square().mean())
+        engine.step()
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_state_is_that_of_adamw_and_goes_on_in_any_stage(world, tmp_path, stage):
+    """Against PyTorch's AdamW without DeepSpeed, with another ZeRO stage after two of four steps."""
+    plain, settings = network(), config(bf16=False, weight_decay=0.1)
+    adamw = torch.optim.AdamW(parameter_groups(plain.parameters(), 0.1), lr=0, betas=settings.opt_betas)
+    for step in range(4):
+        for group in adamw.param_groups:
+            group["lr"] = lr_at(step)
+        plain(torch.randn(8, 4, generator=torch.Generator().manual_seed(step))).square().mean().backward()
+        adamw.step()
+        adamw.zero_grad()
+
+    first = Engine(network(), config(bf16=False, weight_decay=0.1, zero_stage=stage), world, lr_at)
+    train_steps(first, range(2))
+    save_state(tmp_path, first.optimizer_state(), {"step": 2, "note": "ä"})
+    model = network()
+    model.load_state_dict(first.trained_state())
+    second = Engine(model, config(bf16=False, weight_decay=0.1, zero_stage=(stage + 1) % 3), world, lr_at)
+    assert second.load(tmp_path) == {"step": 2, "note": "ä"} and second.lr == lr_at(2)
+    train_steps(second, range(2, 4))
+    state = second.optimizer_state()
+    for name, parameter in plain.named_parameters():
+        torch.testing.assert_close(second.trained_state()[name], parameter.detach())
+        for moment in MOMENTS:
+            torch.testing.assert_close(state[f"{moment}.{name}"], adamw.state[parameter][moment])
+
+
+def test_master_weights_are_not_rounded(world):
+    """bf16 weights are; what a checkpoint holds before any step is what the model was made with."""
+    engine, exact = Engine(network(), config(), world, lr_at), network().state_dict()
+    state = engine.trained_state()
+    assert state.keys() == exact.keys() and all(torch.equal(state[name], exact[name]) for name in exact)
+    assert not torch.equal(exact["0.weight"], exact["0.weight"].bfloat16().float())
+
+
+def test_state_of_another_model_is_refused(world, tmp_path):
+    engine = Engine(network(), config(bf16=False), world, lr_at)
+    with pytest.raises(InputError, match=r"optimizer\.safetensors: can't be continued from: No such file"):
+        engine.load(tmp_path)
+    save_state(tmp_path, Engine(network(width=6), config(bf16=False), world, lr_at).optimizer_state(), {"step": 1})
+    with pytest.raises(InputError, match=r"exp_avg\.0\.weight is \(6, 4\), want \(5, 4\)"):
+        engine.load(tmp_path)

@@ -1,6 +1,5 @@
 """Whole runs: what is trained and what is kept, ranks, resume, signals, bad input."""
 
-import errno
 import json
 import os
 import signal
@@ -10,9 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors
 import torch
+from PIL import Image
 
 import tinymim_fast.training as training
+from rank_worker import FIRST_GREY, GREY_STEP, train_and_record
 from tests_support import DEEPSPEED, PACKAGE, TINY, distill_flags, run_training, start_training
 from tinymim_fast import pretrain, train
 from tinymim_fast.config import DistillConfig, PretrainConfig, parse
@@ -31,6 +33,8 @@ def losses(output_dir, part="loss"):
     return [r[part] for r in read_metrics(output_dir)]
 
 
+# Losses of the same samples in another order of sums, fp32 and bf16 weights, after twelve steps.
+RTOL_ORDER = {"false": 1e-4, "true": 0.02}
 UNREACHED = ("attn.proj.", "norm2.", "mlp.")
 
 
@@ -203,14 +207,17 @@ def test_a_bad_loss_is_found_at_the_next_report(world, image_folder, teacher_fil
         training.train(parse(DistillConfig, flags, "p"), world, build_broken)
 
 
-def test_full_disk_while_saving_keeps_the_last_checkpoint(world, image_folder, teacher_file, tmp_path, monkeypatch):
+@pytest.mark.parametrize("error", [OSError, safetensors.SafetensorError])
+def test_full_disk_while_saving_keeps_the_last_checkpoint(
+    world, image_folder, teacher_file, tmp_path, monkeypatch, error
+):
     saves = []
 
     def full_the_second_time(folder, state, info):
         saves.append(folder)
         if len(saves) == 2:
             (folder / "model.safetensors").write_bytes(b"half")
-            raise OSError(errno.ENOSPC, "No space left on device")
+            raise error("No space left on device")
         save_weights(folder, state, info)
 
     save_weights = training.save_weights
@@ -363,6 +370,71 @@ def test_pretraining_resumes_exactly(world, image_folder, tmp_path):
         run(tmp_path / "cut")
     run(tmp_path / "cut")
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(("stage", "bf16"), [(0, "true"), (0, "false"), (1, "true"), (1, "false"), (2, "false")])
+def test_a_stage_resumes_exactly(world, image_folder, teacher_file, tmp_path, stage, bf16):
+    """With drop path; stage 2 with bf16 is what `uninterrupted` holds."""
+    base = {"zero_stage": stage, "bf16": bf16, "epochs": 2, "drop_path": 0.3, "weight_decay": 0.5}
+    distil(world, *distill_flags(image_folder, teacher_file, tmp_path / "whole", **base))
+    flags = distill_flags(image_folder, teacher_file, tmp_path / "cut", **base)
+    train_and_record(world, None, 7, flags)
+    distil(world, *flags)
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    for one, other in zip(*(read_weights(tmp_path / run, flag="f")[0].items() for run in ("cut", "whole"))):
+        assert torch.equal(one[1], other[1]), one[0]
+
+
+@pytest.fixture(scope="module")
+def numbered_images(tmp_path_factory):
+    """24 noisy squares whose mean grey tells which it is, whatever is cropped, flipped or resized."""
+    folder = tmp_path_factory.mktemp("numbered")
+    (folder / "train" / "class").mkdir(parents=True)
+    for number in range(24):
+        noise = np.random.default_rng(number).normal(0, 12, (48, 48, 3))
+        grey = (FIRST_GREY + GREY_STEP * number + noise - noise.mean()).round().clip(0, 255).astype(np.uint8)
+        Image.fromarray(grey).save(folder / "train" / "class" / f"{number:02d}.png")
+    return folder
+
+
+TWO = (2, 2, {"zero_stage": 2})  # ranks, step to stop at, changed flags
+ONE = (1, 6, {"zero_stage": 1, "gradient_accumulation_steps": 3})
+THREE = (3, 12, {"zero_stage": 1, "train_micro_batch_size_per_gpu": 1})
+
+
+@pytest.mark.parametrize(
+    ("bf16", "parts"),
+    [("false", (TWO, ONE, THREE)), ("true", ((3, 2, THREE[2]), (1, 12, ONE[2])))],
+    ids=["fp32", "bf16"],
+)
+def test_a_run_continues_on_other_numbers_of_ranks(world, numbered_images, teacher_file, tmp_path, bf16, parts):
+    """Each part with its own micro-batches and ZeRO stage: the losses and samples of one rank alone."""
+    base = {"train_batch_size": 6, "epochs": 3, "drop_path": 0, "bf16": bf16, "clip_grad": 1.0}
+    torchrun = Path(sys.executable).parent / "torchrun"
+
+    def flags(name, **changes):
+        return distill_flags(numbered_images, teacher_file, tmp_path / name, **base, **changes)
+
+    (tmp_path / "records").mkdir()
+    distil(world, *flags("whole"))
+    for num_ranks, stop_at, changes in parts:
+        if num_ranks == 1:
+            train_and_record(world, tmp_path / "records", stop_at, flags("moved", **changes))
+            continue
+        code, output = run_training(
+            *[torchrun, "--standalone", f"--nproc-per-node={num_ranks}", Path(__file__).parent / "rank_worker.py"],
+            *["train", tmp_path / "records", stop_at, *flags("moved", **changes)],
+        )
+        assert code == 0, output
+    np.testing.assert_allclose(losses(tmp_path / "moved"), losses(tmp_path / "whole"), rtol=RTOL_ORDER[bf16])
+    seen = []
+    for num_ranks, _, _ in parts:
+        files = sorted((tmp_path / "records").glob(f"from_{num_ranks}_ranks_*.txt"))
+        assert len(files) == num_ranks
+        seen.append(np.concatenate([np.loadtxt(file, ndmin=2) for file in files], axis=1).reshape(-1, 6))
+    epochs = np.concatenate(seen).reshape(3, 24)
+    assert (np.sort(epochs) == np.arange(24)).all(), epochs
+    assert (epochs[0] != epochs[1]).any() and (epochs[1] != epochs[2]).any()
 
 
 def test_learning_rate_schedule(image_folder, teacher_file, tmp_path):

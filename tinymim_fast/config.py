@@ -30,6 +30,7 @@ FREE_ON_RESUME = frozenset(
         "output_dir",
         "loader",
         "workers",
+        "dali_kwargs",
         "log_interval",
         "checkpoint_interval",
         "checkpoint_minutes",
@@ -37,6 +38,9 @@ FREE_ON_RESUME = frozenset(
         "resume",
         "tensorboard",
         "loss_backend",
+        "train_micro_batch_size_per_gpu",
+        "gradient_accumulation_steps",
+        "zero_stage",
         "deepspeed_config",
     ]
 )
@@ -59,6 +63,8 @@ class RunConfig:
         std: per-channel standard deviation of the input, of 1.
         loader: "dali", "torchvision", or "auto": DALI where it is installed.
         workers: decoding threads (DALI) or processes (torchvision) per rank.
+        dali_kwargs: DALI's settings, any of `{"hw_decoder_load": 0.9, "device_memory_padding": 211025920,
+            "host_memory_padding": 140544512, "prefetch_queue_depth": 3}`; memory in bytes.
         epochs: passes over the data.
         train_batch_size: images per optimizer step, over all ranks.
         train_micro_batch_size_per_gpu: images per forward pass on one rank; worked out if not given.
@@ -94,6 +100,7 @@ class RunConfig:
     max_bad_files: float = 0.001
     loader: Literal["auto", "dali", "torchvision"] = "auto"
     workers: int = 8
+    dali_kwargs: dict[str, Any] = field(default_factory=dict)
     epochs: int = 300
     train_batch_size: int = 4096
     train_micro_batch_size_per_gpu: int | None = None

@@ -14,16 +14,25 @@ from pathlib import Path
 from typing import Any
 
 import deepspeed
+import numpy as np
+import safetensors
+import safetensors.torch
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
-from deepspeed.utils import safe_get_full_fp32_param
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+)
 from torch import nn
 
 from tinymim_fast.config import RunConfig
 from tinymim_fast.errors import InputError
 
-TAG = "deepspeed"
+STATE = "optimizer.safetensors"
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, by their names in PyTorch
 deepspeed.utils.logger.setLevel(logging.WARNING)  # a user's run needs its warnings, not every step of its set-up
 
 
@@ -39,9 +48,6 @@ class World:
     @property
     def is_main(self) -> bool:
         return self.rank == 0
-
-    def barrier(self) -> None:
-        dist.barrier(group=self.host_group)
 
     def broadcast(self, make: Callable[[], Any]) -> Any:
         """What `make` returns on rank 0, on every rank; an exception of it is raised on every rank."""
@@ -116,7 +122,8 @@ def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": accum,
         "gradient_clipping": config.clip_grad,
-        "zero_optimization": {"stage": config.zero_stage},
+        # round_robin_gradients on two ranks: safe_get_full_fp32_param gave other weights' values (DeepSpeed 0.19.8)
+        "zero_optimization": {"stage": config.zero_stage, "round_robin_gradients": False},
         "bf16": {"enabled": config.bf16},
         "fp16": {"enabled": False},
         "data_types": {"grad_accum_dtype": "fp32"},
@@ -184,7 +191,7 @@ class Engine:
     """One module under DeepSpeed.
 
     Args:
-        model: its forward's gradient must reach every parameter that requires one.
+        model: fp32, on the CPU; its forward's gradient must reach every parameter that requires one.
         config: see `RunConfig`.
         world: from `start`.
         lr_at: learning rate by optimizer step.
@@ -193,17 +200,25 @@ class Engine:
     def __init__(self, model: nn.Module, config: RunConfig, world: World, lr_at: Callable[[int], float]):
         self.world = world
         self.dtype = torch.bfloat16 if config.bf16 else torch.float32
+        self._seed = config.seed
+        self._lr_at = lr_at
+        self._trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        exact = {name: p.detach().clone() for name, p in self._trained.items()}
         groups = parameter_groups(model.parameters(), config.weight_decay)
-        optimizer = torch.optim.AdamW(groups, lr=1.0, betas=config.opt_betas, fused=world.device.type == "cuda")
+        self._adamw = torch.optim.AdamW(groups, lr=1.0, betas=config.opt_betas, fused=world.device.type == "cuda")
         with _quiet():
             self._engine, *_ = deepspeed.initialize(
                 model=model,
-                model_parameters=[p for p in model.parameters() if p.requires_grad],
-                optimizer=optimizer,
+                model_parameters=list(self._trained.values()),
+                optimizer=self._adamw,
                 # lr=1 above: the multiplier is the rate. DeepSpeed steps it once an optimizer step.
                 lr_scheduler=lambda wrapped: torch.optim.lr_scheduler.LambdaLR(wrapped, lr_at),
                 config=deepspeed_config(config, world.world_size),
             )
+        for name, parameter in self._trained.items():
+            if parameter.dtype != torch.float32:  # DeepSpeed made the master weights from ones already rounded
+                safe_set_full_fp32_param(parameter, exact[name])
+        self._start_at(0)
         self.forward = self._engine
 
     @property
@@ -221,45 +236,108 @@ class Engine:
     def trained_state(self) -> dict[str, torch.Tensor]:
         """fp32 master weights of what the optimizer trains, on the CPU. Collective."""
         state = {}
-        for name, parameter in self._engine.module.named_parameters():
-            if parameter.requires_grad:
-                full = parameter if parameter.dtype == torch.float32 else safe_get_full_fp32_param(parameter)
-                state[name] = full.detach().float().cpu().clone()
+        for name, parameter in self._trained.items():
+            full = parameter if parameter.dtype == torch.float32 else safe_get_full_fp32_param(parameter)
+            state[name] = full.detach().float().cpu().clone()
         return state
 
-    def save(self, folder: Path, client_state: Mapping[str, Any]) -> None:
-        """Optimizer, schedule, weights and this rank's random states, under `folder`. Collective."""
-        self._engine.save_checkpoint(
-            str(folder),
-            tag=TAG,
-            client_state=dict(client_state),
-            save_latest=False,
-            exclude_frozen_parameters=True,
-        )
-        torch.save(_random_states(self.world.device), folder / TAG / f"random_states_rank_{self.world.rank:05d}.pt")
+    def optimizer_state(self) -> dict[str, torch.Tensor]:
+        """Both moments of each trained weight, whole and fp32, and every rank's random states, on rank 0's CPU. Collective.
+
+        Nothing in it depends on how many ranks there are or how ZeRO divides the optimizer among them.
+        """
+        state = {}
+        for name, parameter in self._trained.items():
+            for moment in MOMENTS:
+                full = safe_get_full_optimizer_state(parameter, moment)  # None without ZeRO
+                if full is None:
+                    full = self._adamw.state[parameter][moment]
+                if self.world.is_main:
+                    state[f"{moment}.{name}"] = full.detach().cpu()
+        for rank, random in enumerate(self.world.gather(_random_states(self.world.device))):
+            state.update({f"random_{kind}.{rank}": tensor for kind, tensor in random.items()})
+        return state
 
     def load(self, folder: Path) -> dict[str, Any]:
-        """What `save` wrote; returns `client_state`. Collective.
+        """Take over what `save_state` wrote; returns its `client_state`. Collective.
+
+        The weights are not in it: the model that the engine was made of must hold them. Random states are restored where the
+        number of ranks and the kind of device are those of saving; else they are drawn from (seed, step, rank).
 
         Raises:
-            InputError: saved on another number of ranks.
+            InputError: no such file, or of another model.
         """
-        saved = len(list((folder / TAG).glob("random_states_rank_*.pt")))
-        if saved != self.world.world_size:
-            raise InputError(
-                f"{folder}: saved by {saved} ranks, this run has {self.world.world_size}; start it on {saved}"
-            )
-        with _quiet():
-            _, client_state = self._engine.load_checkpoint(str(folder), tag=TAG, load_module_strict=False)
-        states = torch.load(folder / TAG / f"random_states_rank_{self.world.rank:05d}.pt", weights_only=True)
-        torch.set_rng_state(states["cpu"])
-        if self.world.device.type == "cuda":
-            torch.cuda.set_rng_state(states["cuda"], self.world.device)
+        path = folder / STATE
+        try:
+            with safetensors.safe_open(path, framework="pt") as file:
+                client_state = json.loads(file.metadata()["client_state"])
+                self._start_at(client_state["step"])
+                for name, parameter in self._trained.items():
+                    for moment in MOMENTS:
+                        value = file.get_tensor(f"{moment}.{name}")
+                        if value.shape != parameter.shape:
+                            raise ValueError(f"{moment}.{name} is {tuple(value.shape)}, want {tuple(parameter.shape)}")
+                        safe_set_full_optimizer_state(parameter, value, moment)
+                        if parameter in self._adamw.state:  # without ZeRO
+                            self._adamw.state[parameter][moment].copy_(value)
+                random = {key: file.get_tensor(key) for key in file.keys() if key.startswith("random_")}  # noqa: SIM118
+        except (OSError, safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{path}: can't be continued from: {error}") from error
+        self._restore_random_states(random, client_state["step"])
         return client_state
+
+    def _start_at(self, step: int) -> None:
+        """Schedule and moments, zero, of an optimizer that took `step` steps."""
+        scheduler, lr = self._engine.lr_scheduler, self._lr_at(step)
+        scheduler.load_state_dict(
+            {**scheduler.state_dict(), "last_epoch": step, "_last_lr": [lr] * len(scheduler.base_lrs)}
+        )
+        self._engine.global_steps = step
+        for group in self._adamw.param_groups:
+            group["lr"] = lr
+            for parameter in group["params"]:  # flat partitions under ZeRO
+                self._adamw.state[parameter] = {
+                    "step": torch.tensor(float(step), device=parameter.device if group["fused"] else "cpu"),
+                    **{moment: torch.zeros_like(parameter) for moment in MOMENTS},
+                }
+        zero = self._engine.optimizer
+        if zero is not self._adamw:
+            # By itself ZeRO-2 links moments to weights in the step of the first group, when the other groups have none.
+            zero._hp_optimizer_states_linked = False
+            zero._lazy_init_hp_params_optimizer_state()
+
+    def _restore_random_states(self, saved: Mapping[str, torch.Tensor], step: int) -> None:
+        kinds = _random_states(self.world.device)
+        wanted = {f"random_{kind}.{rank}" for kind in kinds for rank in range(self.world.world_size)}
+        if wanted != set(saved):
+            seed_rank(self._seed, step, self.world.rank)
+            return
+        torch.set_rng_state(saved[f"random_cpu.{self.world.rank}"])
+        if "cuda" in kinds:
+            torch.cuda.set_rng_state(saved[f"random_cuda.{self.world.rank}"], self.world.device)
+
+
+def save_state(folder: Path, state: Mapping[str, torch.Tensor], client_state: Mapping[str, Any]) -> None:
+    """`folder/optimizer.safetensors`, synced to disk.
+
+    Args:
+        folder: exists.
+        state: from `Engine.optimizer_state`.
+        client_state: what JSON can hold; "step", the optimizer steps taken, must be in it.
+    """
+    path = folder / STATE
+    safetensors.torch.save_file(dict(state), path, {"format": "pt", "client_state": json.dumps(client_state)})
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def seed_rank(seed: int, step: int, rank: int) -> None:
+    """Start this rank's random numbers, for drop path and masks; other ones for each (seed, step, rank)."""
+    torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0]))
 
 
 def _quiet() -> contextlib.AbstractContextManager:
-    """DeepSpeed prints memory reports while it sets up and loads."""
+    """DeepSpeed prints memory reports while it sets up."""
     return contextlib.redirect_stdout(io.StringIO())
 
 

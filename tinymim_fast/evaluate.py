@@ -1,15 +1,19 @@
 """k-nearest-neighbour accuracy of a checkpoint's features: what it learnt, without training a classifier.
 
 python -m tinymim_fast.evaluate CHECKPOINT --data-path DIR     (DIR/train/<class>/*.jpg and DIR/val/<class>/*.jpg)
+torchrun --nproc-per-node 8 -m tinymim_fast.evaluate CHECKPOINT --data-path DIR
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+import time
 from collections.abc import Sequence
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 from tinymim_fast.config import IMAGENET_MEAN, IMAGENET_STD
@@ -31,14 +35,16 @@ def extract_features(
     batch_size: int,
     workers: int,
     device: torch.device,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Features (n, C), fp32 on the CPU, and labels (n,).
+    """Features (n, C), fp32 on the CPU, and labels (n,) of this rank's part of a split.
 
     A feature is the mean over patch tokens of what the tapped block's qkv projection reads: for a distilled student the
     last thing that the relation loss trained.
     """
     index = find_images(data_path, split=split, workers=workers)
-    features, labels = [], []
+    features, labels = [torch.empty(0, tap.embed_dim)], [torch.empty(0, dtype=torch.int64)]
     with build_eval_loader(
         index,
         loader="auto",
@@ -46,8 +52,8 @@ def extract_features(
         img_size=img_size,
         resize_size=round(img_size * 256 / 224),
         device=device,
-        rank=0,
-        world_size=1,
+        rank=rank,
+        world_size=world_size,
         workers=workers,
         mean=mean,
         std=std,
@@ -57,6 +63,25 @@ def extract_features(
             features.append(tokens.float().mean(1).cpu())
             labels.append(torch.as_tensor(targets).cpu())
     return torch.cat(features), torch.cat(labels)
+
+
+def gather(parts: Sequence[torch.Tensor], group: dist.ProcessGroup | None) -> list[torch.Tensor]:
+    """Each tensor with the rows of all ranks, in their order, on rank 0; no rows elsewhere. Collective, on the host."""
+    if group is None:
+        return list(parts)
+    rank, counts = dist.get_rank(group), [None] * dist.get_world_size(group)
+    dist.all_gather_object(counts, len(parts[0]), group=group)
+    whole = []
+    for part in parts:
+        if rank:
+            dist.send(part.contiguous(), 0, group)
+            whole.append(part[:0])
+        else:
+            rows = [part, *(part.new_empty(count, *part.shape[1:]) for count in counts[1:])]
+            for source, received in enumerate(rows[1:], 1):
+                dist.recv(received, source, group)
+            whole.append(torch.cat(rows))
+    return whole
 
 
 def knn_accuracy(
@@ -98,8 +123,12 @@ def evaluate_knn(
     batch_size: int = 64,
     workers: int = 2,
     seed: int = 0,
-) -> float:
-    """k-NN accuracy of a checkpoint, or of the same architecture with fresh weights.
+    group: dist.ProcessGroup | None = None,
+) -> float | None:
+    """k-NN accuracy of a checkpoint, or of the same architecture with fresh weights; None on other ranks than 0.
+
+    Args:
+        group: ranks, of a backend that sends CPU tensors, that share the images among them; each image counts once.
 
     Raises:
         InputError: no checkpoint, or no such folders.
@@ -119,24 +148,44 @@ def evaluate_knn(
         "batch_size": batch_size,
         "workers": workers,
         "device": device,
+        "rank": dist.get_rank(group) if group else 0,
+        "world_size": dist.get_world_size(group) if group else 1,
     }
-    train, val = (extract_features(tap, data_path, split, **options) for split in ("train", "val"))
-    return knn_accuracy(train, val)
+    train, val = (gather(extract_features(tap, data_path, split, **options), group) for split in ("train", "val"))
+    return knn_accuracy(train, val) if len(val[0]) else None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tinymim_fast.evaluate", description=__doc__.split("\n")[0])
     parser.add_argument("checkpoint", help="a run's output folder, a checkpoint, an export, or timm:NAME")
     parser.add_argument("--data-path", required=True, help="folder with train/<class>/ and val/<class>/")
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--batch-size", type=int, default=64, help="images per forward pass of a rank")
+    parser.add_argument("--workers", type=int, default=2, help="decoding threads or processes of a rank")
+    parser.add_argument(
+        "--local_rank", help=argparse.SUPPRESS
+    )  # the DeepSpeed launcher adds it; the environment has it
     args = parser.parse_args(argv)
+    rank = int(os.environ.get("RANK", 0))
+    group = None
     try:
-        accuracy = evaluate_knn(args.checkpoint, args.data_path, batch_size=args.batch_size, workers=args.workers)
+        if "RANK" in os.environ:
+            if torch.cuda.is_available():
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+            dist.init_process_group("gloo")
+            group = dist.group.WORLD
+        accuracy = evaluate_knn(
+            args.checkpoint, args.data_path, batch_size=args.batch_size, workers=args.workers, group=group
+        )
     except InputError as error:
-        print(f"evaluate: {error}", file=sys.stderr)
+        if rank:
+            time.sleep(3)  # rank 0 most likely says the same, and its exit makes the launcher end this process
+        print(f"evaluate: {error}", file=sys.stderr, flush=True)
         return EXIT_INPUT
-    print(f"k-NN accuracy: {100 * accuracy:.2f} %")
+    finally:
+        if group is not None:
+            dist.destroy_process_group()
+    if accuracy is not None:
+        print(f"k-NN accuracy: {100 * accuracy:.2f} %")
     return 0
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors
 import torch
 import yaml
 from torch import nn
@@ -128,10 +129,13 @@ def train(config: RunConfig, world: World, build_task: Callable[[Any, World, Pat
         color_jitter=(task.color_jitter,) * 3,
         mean=config.mean,
         std=config.std,
+        # half the bytes; the CPU is slower at it
+        dtype=torch.float16 if config.bf16 and world.device.type == "cuda" else torch.float32,
+        dali_kwargs=config.dali_kwargs,
     ) as loader:
         engine = Engine(task.model, config, world, lr_schedule(config, loader.steps_per_epoch))
-        torch.manual_seed(config.seed + 1 + world.rank)  # drop path and masks differ between ranks
         start_step = 0
+        engines.seed_rank(config.seed, start_step, world.rank)
         if checkpoint is not None:
             client_state = engine.load(checkpoint)
             start_step = client_state["step"]
@@ -420,20 +424,25 @@ class Run:
         began = time.perf_counter()
         self._look()  # a checkpoint after a bad loss would not be a good one
         folder = self.output_dir / "checkpoints"
-        final, temporary = folder / f"step_{self.step:08d}", folder / f"tmp_step_{self.step:08d}"
-        state = self.task.weights(self.engine.trained_state())
-        broken = [name for name, tensor in state.items() if not tensor.isfinite().all()]
+        weights = self.task.weights(self.engine.trained_state())
+        broken = [name for name, tensor in weights.items() if not tensor.isfinite().all()]
         if broken:
             self._fail(f"{broken[0]} is not finite after step {self.step}")
+        state = self.engine.optimizer_state()
+        info = replace(self.task.info, step=self.step, epoch=self.step / self.steps_per_epoch)
+        final, temporary = folder / f"step_{self.step:08d}", folder / f"tmp_step_{self.step:08d}"
+
+        def write() -> None:
+            temporary.mkdir()
+            save_weights(temporary, weights, info)
+            engines.save_state(temporary, state, {"step": self.step, "bad_files": self.bad_files})
+            os.rename(temporary, final)
+            for old in sorted(folder.glob("step_*"))[: -self.config.checkpoint_hist]:
+                shutil.rmtree(old)
+
         try:
-            self.world.broadcast(temporary.mkdir)
-            self.engine.save(temporary, {"step": self.step, "bad_files": self.bad_files})
-            if self.world.is_main:
-                epoch = self.step / self.steps_per_epoch
-                save_weights(temporary, state, replace(self.task.info, step=self.step, epoch=epoch))
-            self.world.barrier()
-            self.world.broadcast(lambda: self._publish(temporary, final))
-        except (OSError, RuntimeError) as error:
+            self.world.broadcast(write)  # an error of rank 0 is everyone's
+        except (OSError, RuntimeError, safetensors.SafetensorError) as error:
             if self.world.is_main:
                 shutil.rmtree(temporary, ignore_errors=True)
             free_mib = shutil.disk_usage(self.output_dir).free >> 20  # PyTorch reports a full disk as "unexpected pos"
@@ -445,8 +454,3 @@ class Run:
         self.last_saved = self.step
         self.saved_at = time.monotonic()
         self.began += time.perf_counter() - began  # saving is not training
-
-    def _publish(self, temporary: Path, final: Path) -> None:
-        os.rename(temporary, final)
-        for old in sorted(final.parent.glob("step_*"))[: -self.config.checkpoint_hist]:
-            shutil.rmtree(old)

@@ -1,27 +1,34 @@
 """The fast loader: NVIDIA DALI applies the parameters of a plan, on the GPU or, without one, on the CPU.
 
-One graph serves both. Files are read and decoded once for both views, and only the crop is decoded. Sizes,
-anchors and jitter come from the plan, so the views agree with PIL and torchvision up to rounding.
+One graph serves both, but for two operations that PyTorch and PIL do faster on a CPU. Files are read and decoded
+once for both views, and only the crop is decoded. Sizes, anchors and jitter come from the plan, so the views agree
+with PIL and torchvision up to rounding.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import nvidia.dali.fn as fn
 import nvidia.dali.types as types
 import torch
+import torch.nn.functional as F
 from nvidia.dali import Pipeline, pipeline_def
+from nvidia.dali.pipeline import do_not_convert
+from PIL import Image, ImageEnhance
 
 from tinymim_fast.data.augment import BRIGHTNESS, CONTRAST
 from tinymim_fast.data.errors import DataError, ImageError, name_some
 from tinymim_fast.data.plan import EvalPlan, TrainPlan
 
-_GREY = np.array([0.299, 0.587, 0.114])  # PIL's "L"
+_GREY = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # PIL's "L"
 _TRUNCATE = -0.499  # DALI rounds to uint8, PIL's blend truncates
 _NUM_STAGES = 3  # brightness, contrast, saturation
+_DECODER_KWARGS = ("hw_decoder_load", "device_memory_padding", "host_memory_padding")
+_DTYPES = {torch.float32: types.FLOAT, torch.float16: types.FLOAT16}  # DALI has no bfloat16
 
 
 def batches(
@@ -33,51 +40,64 @@ def batches(
     prefetch: int,
     mean: Sequence[float],
     std: Sequence[float],
+    dtype: torch.dtype,
+    dali_kwargs: Mapping[str, float],
 ) -> Iterator[tuple[torch.Tensor, ...]]:
-    """Float32 views (B, 3, S, S) on `device` for each batch number; `workers` decoding threads, at least one.
+    """Views (B, 3, S, S) of `dtype`, float32 or float16, on `device` for each batch number.
+
+    `workers` threads decode, at least one; `dali_kwargs`: see `build_loader`.
 
     Raises:
         DataError: a file can't be decoded in evaluation, or hardly any in training; names it.
     """
     is_gpu = device.type == "cuda"
+    queue = {"prefetch_queue_depth": prefetch, **dali_kwargs}
+    decoder = {key: queue.pop(key) for key in _DECODER_KWARGS if key in queue}
 
     def build(files: Iterable, inputs: Iterable, **options) -> Pipeline:
         return (_train_graph if isinstance(plan, TrainPlan) else _eval_graph)(
             files=files,
             inputs=inputs,
             plan=plan,
-            normalize={"mean": [255 * m for m in mean], "std": [255 * s for s in std], "output_layout": "CHW"},
-            is_gpu=is_gpu,
+            normalize={
+                "mean": [255 * m for m in mean],
+                "std": [255 * s for s in std],
+                "output_layout": "CHW",
+                "dtype": _DTYPES[dtype],
+            },
+            decoder={**_DECODE_OPTIONS, "device": "mixed" if is_gpu else "cpu", **decoder},
+            threads=None if is_gpu else threads,
             device_id=device.index if is_gpu else None,
             exec_dynamic=True,
             **options,
         )
 
-    done = 0
-    while done < len(numbers):  # once, and again after each batch with a file that can't be decoded
-        pipeline = build(
-            (_files(plan, number) for number in numbers[done:]),
-            (_inputs(plan, number) for number in numbers[done:]),
-            batch_size=plan.batch_size,
-            num_threads=max(1, workers),
-            prefetch_queue_depth=prefetch,
-        )
-        failure = None
-        try:
-            while failure is None and done < len(numbers):
-                try:
-                    # outputs on the consumer's stream: a buffer is freed in its order, after the kernels that read it
-                    outputs = pipeline.run(torch.cuda.current_stream(device) if is_gpu else None)
-                except RuntimeError as error:
-                    failure = error
-                    continue
-                # the dynamic executor never reuses a buffer that is still referred to, so no copy is needed
-                yield tuple(torch.from_dlpack(output.as_tensor()) for output in outputs)
-                done += 1
-        finally:
-            pipeline._shutdown()  # now, not when the last traceback that holds the pipeline is dropped
-        if failure is not None:
-            _single_out(plan, numbers[done], build, failure)
+    with ThreadPoolExecutor(max(1, workers)) as threads:  # starts none before it is given work: on a GPU, never
+        done = 0
+        while done < len(numbers):  # once, and again after each batch with a file that can't be decoded
+            pipeline = build(
+                (_files(plan, number) for number in numbers[done:]),
+                (_inputs(plan, number) for number in numbers[done:]),
+                batch_size=plan.batch_size,
+                num_threads=max(1, workers),
+                **queue,
+            )
+            failure = None
+            try:
+                while failure is None and done < len(numbers):
+                    try:
+                        # outputs on the consumer's stream: a buffer is freed in its order, after the kernels that read it
+                        outputs = pipeline.run(torch.cuda.current_stream(device) if is_gpu else None)
+                    except RuntimeError as error:
+                        failure = error
+                        continue
+                    # the dynamic executor never reuses a buffer that is still referred to, so no copy is needed
+                    yield tuple(torch.from_dlpack(output.as_tensor()) for output in outputs)
+                    done += 1
+            finally:
+                pipeline._shutdown()  # now, not when the last traceback that holds the pipeline is dropped
+            if failure is not None:
+                _single_out(plan, numbers[done], build, failure)
 
 
 def _single_out(plan: TrainPlan | EvalPlan, number: int, build: Callable[..., Pipeline], failure: RuntimeError) -> None:
@@ -161,11 +181,7 @@ def _train_inputs(plan: TrainPlan, number: int) -> tuple[np.ndarray, ...]:
     if plan.views == 1:
         return inputs
     order = np.ascontiguousarray(p.jitter_order.T)  # (stages, n)
-    factor = np.take_along_axis(p.jitter.T, order, axis=0).astype(np.float32)  # (stages, n)
-    # saturation f: x <- f x + (1 - f) grey(x), as a matrix per sample, (stages, n, 3, 3)
-    f = factor[..., None, None]
-    matrix = (f * np.eye(3) + (1 - f) * np.tile(_GREY, (3, 1))).astype(np.float32)
-    return (*inputs, *order, *factor, *matrix)
+    return (*inputs, *order, *np.take_along_axis(p.jitter.T, order, axis=0).astype(np.float32))
 
 
 def _eval_inputs(plan: EvalPlan, number: int) -> tuple[np.ndarray, ...]:
@@ -174,13 +190,7 @@ def _eval_inputs(plan: EvalPlan, number: int) -> tuple[np.ndarray, ...]:
     return size.astype(np.float32), anchor
 
 
-def _decode_options(is_gpu: bool) -> dict:
-    return {
-        "device": "mixed" if is_gpu else "cpu",
-        "output_type": types.RGB,
-        "adjust_orientation": False,
-        "jpeg_fancy_upsampling": True,
-    }
+_DECODE_OPTIONS = {"output_type": types.RGB, "adjust_orientation": False, "jpeg_fancy_upsampling": True}
 
 
 def _encoded(files: Iterable, plan: TrainPlan | EvalPlan):
@@ -189,22 +199,69 @@ def _encoded(files: Iterable, plan: TrainPlan | EvalPlan):
     return fn.io.file.read(fn.external_source(files))
 
 
-_RESIZE_OPTIONS = {"interp_type": types.INTERP_CUBIC, "antialias": True}
+def _decode_crop(encoded, start, shape, decoder: dict):
+    # DALI 2.4's decoders crash where a batch holds bytes that are no image; reading all headers first fails instead
+    start = start + 0 * _stored_shape(encoded)
+    return fn.decoders.image_slice(encoded, start=start, shape=shape, axes=[0, 1], **decoder)
+
+
+def _stored_shape(encoded):
+    """Height and width."""
+    return fn.slice(fn.peek_image_shape(encoded, dtype=types.INT32, adjust_orientation=False), [0], [2], axes=[0])
+
+
+@do_not_convert  # by enable_conditionals
+def _on_cpu(function: Callable, threads: ThreadPoolExecutor, image, parameter):
+    """`function(image, parameter)` of each sample, in threads; DALI itself would call it for one after another."""
+
+    def each(images, parameters):
+        return list(threads.map(function, images, parameters))
+
+    return fn.python_function(image, parameter, function=each, batch_processing=True, output_layouts="HWC")
+
+
+def _resize(image, size, threads: ThreadPoolExecutor | None):
+    """Cubic and antialiased, to (height, width); DALI's own costs 1.9 ms of CPU time an image more (benchmarks/NOTES.md)."""
+    if threads is None:
+        return fn.resize(image, size=size, interp_type=types.INTERP_CUBIC, antialias=True)
+    return _on_cpu(_resize_on_cpu, threads, image, size)
+
+
+def _resize_on_cpu(image: np.ndarray, size: np.ndarray) -> np.ndarray:
+    pixels = torch.from_numpy(image)[None].permute(0, 3, 1, 2)  # channels last, and so is what comes out
+    resized = F.interpolate(pixels, size=size.astype(int).tolist(), mode="bicubic", antialias=True)
+    return resized.permute(0, 2, 3, 1)[0].numpy()
+
+
+def _saturate(image, factor, threads: ThreadPoolExecutor | None):
+    """x <- f x + (1 - f) grey(x); as a matrix on a GPU, on the CPU by PIL in a sixth of that time."""
+    if threads is None:
+        identity, grey = types.Constant(np.eye(3, dtype=np.float32)), types.Constant(np.tile(_GREY, (3, 1)))
+        return fn.coord_transform(image, M=identity * factor + grey * (1 - factor), T=_TRUNCATE, dtype=types.UINT8)
+    return _on_cpu(_saturate_on_cpu, threads, image, factor)
+
+
+def _saturate_on_cpu(image: np.ndarray, factor: np.ndarray) -> np.ndarray:
+    return np.asarray(ImageEnhance.Color(Image.fromarray(image)).enhance(float(factor)))
 
 
 @pipeline_def(enable_conditionals=True)
-def _train_graph(files: Iterable, inputs: Iterable, plan: TrainPlan, normalize: dict, is_gpu: bool):
-    num_inputs = 3 + (3 * _NUM_STAGES if plan.views == 2 else 0)
+def _train_graph(
+    files: Iterable,
+    inputs: Iterable,
+    plan: TrainPlan,
+    normalize: dict,
+    decoder: dict,
+    threads: ThreadPoolExecutor | None,
+):
+    num_inputs = 3 + (2 * _NUM_STAGES if plan.views == 2 else 0)
     start, shape, flip, *jitter = fn.external_source(inputs, num_outputs=num_inputs)
-    image = fn.decoders.image_slice(
-        _encoded(files, plan), start=start, shape=shape, axes=[0, 1], **_decode_options(is_gpu)
-    )
-    image = fn.resize(image, size=[plan.img_size, plan.img_size], **_RESIZE_OPTIONS)
+    image = _decode_crop(_encoded(files, plan), start, shape, decoder)
+    image = _resize(image, types.Constant(np.full(2, plan.img_size, dtype=np.float32)), threads)
     teacher_view = fn.crop_mirror_normalize(image, mirror=flip, **normalize)
     if plan.views == 1:
         return teacher_view
-    orders, factors, matrices = jitter[:_NUM_STAGES], jitter[_NUM_STAGES : 2 * _NUM_STAGES], jitter[-_NUM_STAGES:]
-    for order, factor, matrix in zip(orders, factors, matrices):
+    for order, factor in zip(jitter[:_NUM_STAGES], jitter[_NUM_STAGES:]):
         # a condition on a per-sample value splits the batch, so each sample pays for its own operation only
         if order == BRIGHTNESS:
             image = fn.brightness_contrast(image, brightness=factor, brightness_shift=_TRUNCATE / 255)
@@ -217,14 +274,22 @@ def _train_graph(files: Iterable, inputs: Iterable, plan: TrainPlan, normalize: 
                 brightness_shift=_TRUNCATE / 255,
             )
         else:
-            image = fn.coord_transform(image, M=matrix, T=_TRUNCATE, dtype=types.UINT8)
+            image = _saturate(image, factor, threads)
     return teacher_view, fn.crop_mirror_normalize(image, mirror=flip, **normalize)
 
 
 @pipeline_def
-def _eval_graph(files: Iterable, inputs: Iterable, plan: EvalPlan, normalize: dict, is_gpu: bool):
+def _eval_graph(
+    files: Iterable,
+    inputs: Iterable,
+    plan: EvalPlan,
+    normalize: dict,
+    decoder: dict,
+    threads: ThreadPoolExecutor | None,
+):
     size, anchor = fn.external_source(inputs, num_outputs=2)
-    image = fn.decoders.image(_encoded(files, plan), **_decode_options(is_gpu))
-    image = fn.resize(image, size=size, **_RESIZE_OPTIONS)
+    encoded = _encoded(files, plan)
+    image = _decode_crop(encoded, types.Constant(np.zeros(2, dtype=np.int32)), _stored_shape(encoded), decoder)
+    image = _resize(image, size, threads)
     image = fn.slice(image, start=anchor, shape=[plan.img_size, plan.img_size], axes=[0, 1])
     return fn.crop_mirror_normalize(image, **normalize)

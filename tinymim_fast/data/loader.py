@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 import logging
 import weakref
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Literal
 
@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 
 LoaderName = Literal["auto", "dali", "torchvision"]
 _NEEDS = {"dali": "nvidia.dali", "torchvision": "torchvision"}
+DALI_KWARGS = ("hw_decoder_load", "device_memory_padding", "host_memory_padding", "prefetch_queue_depth")
 
 
 class _Loader:
@@ -71,7 +72,7 @@ class TrainLoader(_Loader):
         """Micro-batches of the optimizer steps start_step .. start_step + num_steps - 1, counted across epochs.
 
         Returns:
-            Iterator of accumulation_steps * num_steps tuples of `views` float32 tensors (B, 3, S, S) on the
+            Iterator of accumulation_steps * num_steps tuples of `views` tensors (B, 3, S, S) on the
             loader's device: (teacher_view, student_view), or (view,). Same step, same values, whatever the
             start. Prefetching goes on over the ends of epochs.
 
@@ -124,6 +125,8 @@ def build_loader(
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
     hflip: float = 0.5,
     color_jitter: tuple[float, float, float] = (0.4, 0.4, 0.4),
+    dtype: torch.dtype = torch.float32,
+    dali_kwargs: Mapping[str, float] | None = None,
 ) -> TrainLoader:
     """Build the training loader of one rank.
 
@@ -146,6 +149,9 @@ def build_loader(
         scale, ratio: ranges of the crop's share of the area and of its width / height.
         hflip: probability of a horizontal flip of both views.
         color_jitter: brightness, contrast and saturation strengths, as in torchvision's ColorJitter.
+        dtype: of the views, float32 or float16.
+        dali_kwargs: any of DALI's `hw_decoder_load`, 0 to 1, `device_memory_padding` and `host_memory_padding`, bytes (all of
+            its decoder, on a GPU), and `prefetch_queue_depth`, which overrides `prefetch`; other loaders take no notice.
 
     Raises:
         DataError: an epoch would have no step, a bad setting, or the named loader is not installed.
@@ -164,7 +170,7 @@ def build_loader(
         hflip=hflip,
         color_jitter=color_jitter,
     )
-    return TrainLoader(plan, _backend(loader), _options(device, workers, prefetch, mean, std))
+    return TrainLoader(plan, *_backend(loader, device, workers, prefetch, mean, std, dtype, dali_kwargs or {}))
 
 
 def build_eval_loader(
@@ -200,18 +206,17 @@ def build_eval_loader(
         rank=rank,
         world_size=world_size,
     )
-    return EvalLoader(plan, _backend(loader), _options(device, workers, 2, mean, std))
+    return EvalLoader(plan, *_backend(loader, device, workers, 2, mean, std, torch.float32, {}))
 
 
-def _options(device: torch.device | str, workers: int, prefetch: int, mean, std) -> dict:
+def _backend(loader, device, workers, prefetch, mean, std, dtype, dali_kwargs) -> tuple[ModuleType, dict]:
+    """The module that applies plans, imported here, so that nobody pays for the other one, and its options."""
     device = torch.device(device)
     if device.type == "cuda" and device.index is None:
         raise DataError(f'got device="{device}", want a CUDA device with its index, such as "cuda:0"')
-    return {"device": device, "workers": workers, "prefetch": prefetch, "mean": mean, "std": std}
-
-
-def _backend(loader: LoaderName) -> ModuleType:
-    """The module that applies plans; imported here, so that nobody pays for the other one."""
+    unknown = set(dali_kwargs) - set(DALI_KWARGS)
+    if unknown:
+        raise DataError(f"got --dali-kwargs {', '.join(sorted(unknown))}, want any of {', '.join(DALI_KWARGS)}")
     if loader == "auto":
         loader = "dali" if _is_installed("nvidia.dali") else "torchvision"
         log.info("--loader auto: using %s", loader)
@@ -220,7 +225,10 @@ def _backend(loader: LoaderName) -> ModuleType:
     if not _is_installed(_NEEDS[loader]):
         raise DataError(f"got --loader {loader}, which needs {_NEEDS[loader]}; install it or pass --loader auto")
     name = {"dali": "dali", "torchvision": "torchvision_loader"}[loader]
-    return importlib.import_module(f"tinymim_fast.data.{name}")
+    options = {"device": device, "workers": workers, "prefetch": prefetch, "mean": mean, "std": std, "dtype": dtype}
+    if loader == "dali":
+        options["dali_kwargs"] = dali_kwargs
+    return importlib.import_module(f"tinymim_fast.data.{name}"), options
 
 
 def _is_installed(module: str) -> bool:

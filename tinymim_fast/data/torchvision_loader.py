@@ -74,8 +74,9 @@ def batches(
     prefetch: int,
     mean: Sequence[float],
     std: Sequence[float],
+    dtype: torch.dtype,
 ) -> Iterator[tuple[torch.Tensor, ...]]:
-    """Float32 views (B, 3, S, S) on `device` for each batch number; `workers` processes, 0 for none.
+    """Views (B, 3, S, S) of `dtype` on `device` for each batch number; `workers` processes, 0 for none.
 
     Raises:
         DataError: a file can't be decoded in evaluation, or hardly any in training; names it.
@@ -98,7 +99,8 @@ def batches(
         for views, bad in loader:  # uint8, a quarter of the bytes for workers to send
             if is_train:
                 plan.bad.update(bad)
-            yield tuple(torch.addcmul(shift, view.to(device, non_blocking=True), scale) for view in views)
+            views = (torch.addcmul(shift, view.to(device, non_blocking=True), scale) for view in views)
+            yield tuple(view.to(dtype) for view in views)
     except DataError as error:  # a worker's comes with its traceback in front
         raise DataError(re.split(r"\b(?:Data|Image)Error: ", str(error))[-1].strip()) from None
     finally:

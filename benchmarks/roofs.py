@@ -1,0 +1,225 @@
+"""What the relation losses cannot avoid, and how fast a GPU can do it: the roofs of relation_loss.py.
+
+python benchmarks/roofs.py      # prints the floors of NOTES.md; needs no GPU
+
+Per image and head, with N tokens, head widths D_s and D_t, and `itemsize` bytes a number:
+
+    bytes          reads: p N (D_s + D_t), and for the gradient writes p N D_s; p is 2 for QK, 1 for VV, QQ and KK
+    FLOP           2 N^2 (D_s + D_t) for both maps of logits, and 4 N^2 D_s more for dX and dY
+    exponentials   2 N^2, one a logit of either side
+    instructions   of a lane, 11 n^2, and 3 n^2 more for the gradient, with n = N padded to tiles of 16
+
+A relation takes at least as long as the slowest of the four; the floor of several is the sum of theirs, as if they ran
+one after another. Not counted: row losses, logarithms, and the product with the upstream gradient.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+# An estimate: the arithmetic counts 10.75 with the gradient (NOTES.md), reductions, addresses and stores the rest.
+FORWARD_INSTRUCTIONS, BACKWARD_INSTRUCTIONS = 11, 3
+TILE = 16
+# CUDA C++ programming guide, arithmetic throughput, compute capabilities 8.0 to 10.0: results per clock and SM of ex2;
+# four schedulers of one warp instruction per clock.
+EXPS_PER_CLOCK, LANES_PER_CLOCK = 16, 128
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """One point: sizes, and the bytes of a number in the inputs and the gradient."""
+
+    batch_size: int
+    num_heads: int
+    num_tokens: int
+    head_dim_s: int
+    head_dim_t: int
+    itemsize: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What one or more relations need, over all images and heads."""
+
+    num_bytes: int
+    flop: int
+    exps: int
+    instructions: int  # of one lane
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gpu:
+    """Peaks from `source`: boost clock in MHz, memory in GB/s, dense bf16 products accumulated in fp32 in TFLOP/s."""
+
+    num_sms: int
+    clock_mhz: int
+    memory_gb_per_s: int
+    bf16_tflop_per_s: float
+    source: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rates:
+    """How much a GPU does in a second; infinite where it is not known, which leaves that roof out."""
+
+    bytes_per_s: float
+    flop_per_s: float
+    exps_per_s: float
+    instructions_per_s: float
+
+    @classmethod
+    def of(cls, *, gb_per_s: float, tflop_per_s: float, num_sms: int, clock_mhz: float | None) -> Rates:
+        clocks = num_sms * clock_mhz * 1e6 if clock_mhz else math.inf
+        return cls(
+            bytes_per_s=gb_per_s * 1e9,
+            flop_per_s=tflop_per_s * 1e12,
+            exps_per_s=EXPS_PER_CLOCK * clocks,
+            instructions_per_s=LANES_PER_CLOCK * clocks,
+        )
+
+
+# By a part of torch.cuda.get_device_name; a GPU that is not here brings its own clock.
+GPUS = {
+    "NVIDIA H200": Gpu(
+        num_sms=132, clock_mhz=1980, memory_gb_per_s=4800, bf16_tflop_per_s=989.4, source="H200 data sheet"
+    ),
+    "H100 PCIe": Gpu(
+        num_sms=114, clock_mhz=1755, memory_gb_per_s=2000, bf16_tflop_per_s=756, source="H100 PCIe data sheet"
+    ),
+    "H100 80GB HBM3": Gpu(
+        num_sms=132, clock_mhz=1980, memory_gb_per_s=3350, bf16_tflop_per_s=989.4, source="H100 SXM data sheet"
+    ),
+    "A100-SXM4-80GB": Gpu(
+        num_sms=108, clock_mhz=1410, memory_gb_per_s=2039, bf16_tflop_per_s=312, source="A100 data sheet"
+    ),
+    "A100-SXM4-40GB": Gpu(
+        num_sms=108, clock_mhz=1410, memory_gb_per_s=1555, bf16_tflop_per_s=312, source="A100 data sheet"
+    ),
+    "RTX 4090": Gpu(
+        num_sms=128, clock_mhz=2520, memory_gb_per_s=1008, bf16_tflop_per_s=165.2, source="Ada GPU architecture paper"
+    ),
+    "RTX 3090": Gpu(
+        num_sms=82, clock_mhz=1695, memory_gb_per_s=936, bf16_tflop_per_s=71, source="GA102 architecture paper"
+    ),
+}
+
+# For predictions made without a GPU: what an H200 is taken to reach at copies and products, at a clock under load.
+H200_UNDER_LOAD = Rates.of(gb_per_s=4300, tflop_per_s=790, num_sms=132, clock_mhz=1750)
+
+
+def work(relation: str, shape: Shape, *, backward: bool) -> Work:
+    """Bytes, FLOP, exponentials and instructions of one relation; formulas at the head of this file."""
+    heads, tokens = shape.batch_size * shape.num_heads, shape.num_tokens
+    projections = len(set(relation))
+    numbers = projections * tokens * (shape.head_dim_s + shape.head_dim_t + backward * shape.head_dim_s)
+    padded = math.ceil(tokens / TILE) * TILE
+    return Work(
+        num_bytes=heads * numbers * shape.itemsize,
+        flop=heads * 2 * tokens**2 * (shape.head_dim_s + shape.head_dim_t + backward * 2 * shape.head_dim_s),
+        exps=heads * 2 * tokens**2,
+        instructions=heads * (FORWARD_INSTRUCTIONS + backward * BACKWARD_INSTRUCTIONS) * padded**2,
+    )
+
+
+def total(relations: Sequence[str], shape: Shape, *, backward: bool) -> Work:
+    """The work of all relations together."""
+    works = [work(relation, shape, backward=backward) for relation in relations]
+    fields = Work.__dataclass_fields__
+    return Work(**{name: sum(getattr(one, name) for one in works) for name in fields})
+
+
+def times_ms(needed: Work, rates: Rates) -> dict[str, float]:
+    """How long each unit is busy with the work at its full rate."""
+    return {
+        "bytes": 1e3 * needed.num_bytes / rates.bytes_per_s,
+        "matrix unit": 1e3 * needed.flop / rates.flop_per_s,
+        "exponentials": 1e3 * needed.exps / rates.exps_per_s,
+        "instructions": 1e3 * needed.instructions / rates.instructions_per_s,
+    }
+
+
+def floor_ms(relations: Sequence[str], shape: Shape, rates: Rates, *, backward: bool) -> float:
+    """Sum over the relations of the time of the slowest unit."""
+    return sum(max(times_ms(work(relation, shape, backward=backward), rates).values()) for relation in relations)
+
+
+def data_sheet(device_name: str) -> Gpu | None:
+    """The peaks of a GPU by its name, None for one that is not in the table."""
+    return next((gpu for name, gpu in GPUS.items() if name in device_name), None)
+
+
+def measured_rates(device: torch.device, dtype: torch.dtype) -> Rates:
+    """Copy and matrix product as measured now; exponentials and instructions from SMs and clock."""
+    properties = torch.cuda.get_device_properties(device)
+    gpu = data_sheet(properties.name)
+    clock_mhz = gpu.clock_mhz if gpu else getattr(properties, "clock_rate", 0) / 1e3
+    if torch.version.hip is not None:
+        clock_mhz = None  # its units per clock are others
+    return Rates.of(
+        gb_per_s=copy_gb_per_s(device),
+        tflop_per_s=matmul_tflop_per_s(device, dtype),
+        num_sms=properties.multi_processor_count,
+        clock_mhz=clock_mhz,
+    )
+
+
+@cache
+def copy_gb_per_s(device: torch.device, num_bytes: int = 2**30) -> float:
+    """Read plus written bytes of the best of several copies of a buffer that no cache holds."""
+    source = torch.empty(num_bytes, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * num_bytes / best_seconds(lambda: target.copy_(source)) / 1e9
+
+
+@cache
+def matmul_tflop_per_s(device: torch.device, dtype: torch.dtype, size: int = 8192) -> float:
+    """The best of several square matrix products; fp32 in the precision that torch is set to."""
+    x, y = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    return 2 * size**3 / best_seconds(lambda: x @ y) / 1e12
+
+
+def best_seconds(step: Callable[[], object], num_repeats: int = 20) -> float:
+    """Shortest time of a step on the current CUDA device."""
+    step()
+    seconds = []
+    for _ in range(num_repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        step()
+        end.record()
+        end.synchronize()
+        seconds.append(start.elapsed_time(end) / 1e3)
+    return min(seconds)
+
+
+def describe(device: torch.device, dtype: torch.dtype, rates: Rates) -> str:
+    """One line: what was measured, and what the data sheet says."""
+    gpu = data_sheet(torch.cuda.get_device_name(device))
+    name = str(dtype).removeprefix("torch.")
+    parts = [f"copy {rates.bytes_per_s / 1e9:.0f} GB/s", f"{name} products {rates.flop_per_s / 1e12:.0f} TFLOP/s"]
+    if math.isfinite(rates.exps_per_s):
+        parts.append(f"exponentials {rates.exps_per_s / 1e12:.2f} T/s (16 per clock and SM at boost clock)")
+    if gpu:
+        parts.append(f"{gpu.source}: {gpu.memory_gb_per_s} GB/s, {gpu.bf16_tflop_per_s:g} TFLOP/s in bf16")
+    return "roofs measured now: " + "; ".join(parts)
+
+
+def main() -> None:
+    print("QK+VV, loss and gradient, B=256, H=12, N=197, D_t=64, bf16; microseconds")
+    print(f"{'D_s':>4}{'bytes':>8}{'matrix unit':>13}{'exponentials':>14}{'instructions':>14}{'floor':>7}")
+    for head_dim_s in (16, 32, 64):
+        shape = Shape(batch_size=256, num_heads=12, num_tokens=197, head_dim_s=head_dim_s, head_dim_t=64, itemsize=2)
+        both = ("qk", "vv")
+        times = times_ms(total(both, shape, backward=True), H200_UNDER_LOAD).values()
+        floor = floor_ms(both, shape, H200_UNDER_LOAD, backward=True)
+        figures = [f"{1e3 * ms:.0f}" for ms in (*times, floor)]
+        print(f"{head_dim_s:>4}" + "".join(f"{f:>{w}}" for f, w in zip(figures, (8, 13, 14, 14, 7))))
+
+
+if __name__ == "__main__":
+    main()

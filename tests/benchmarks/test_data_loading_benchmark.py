@@ -1,0 +1,59 @@
+"""benchmarks/data_loading.py: one small run, and the gate."""
+
+import numpy as np
+import pytest
+from PIL import ImageEnhance
+
+pytest.importorskip("nvidia.dali")
+pytest.importorskip("torchvision")
+
+import data_loading as benchmark
+import harness
+
+SMALL = ["--device=cpu", "--num-images=12", "--min-images=8", "--num-repeats=1", "--batch-sizes=4", "--workers=1"]
+
+
+def test_a_small_run(tmp_path, capsys):
+    path = tmp_path / "results" / "data_loading.csv"
+    assert benchmark.main([*SMALL, "--sweep", "views", "source", f"--output={path}"]) == 0
+    rows = harness.read_csv(path)
+    seen = {(row["sweep"], row["source"], row["views"], row["provider"]) for row in rows}
+    ours = {"dali_cpu", "fallback"}
+    assert seen == {
+        *(("views", "folder", views, name) for views in "12" for name in (*ours, "torchvision")),
+        *(("source", "folder", "2", name) for name in (*ours, "torchvision")),
+        *(("source", "tar", "2", name) for name in ours),
+    }
+    for row in rows:
+        assert row["status"] == "ok" and float(row["images_per_s"]) > 0 and float(row["cpu_ms_per_image"]) > 0
+        assert float(row["images_per_s"]) == pytest.approx(4000 / float(row["step_ms"]), rel=0.01)
+        assert 0.5 < float(row["wait_share"]) <= 1.001, "nothing but waiting for batches is done"
+        assert 90 < float(row["kib_per_image"]) < 130, "JPEGs of ImageNet's size"
+        assert (row["mean_difference"] == "") == (row["provider"] == "torchvision")
+    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert "x torchvision" in capsys.readouterr().out
+
+
+def test_wrong_views_get_no_number(monkeypatch, capsys):
+    from tinymim_fast.data import dali
+
+    def brighter(image, factor):
+        return np.asarray(ImageEnhance.Brightness(benchmark.Image.fromarray(image)).enhance(1.1))
+
+    monkeypatch.setattr(dali, "_saturate_on_cpu", brighter)
+    assert benchmark.main([*SMALL, "--sweep=views", "--providers", "dali_cpu"]) == 1
+    captured = capsys.readouterr()
+    assert "failed gate" in captured.out and "dali_cpu: failed gate at folder" in captured.err
+
+
+def test_a_gpu_that_is_not_there_is_named(monkeypatch, capsys):
+    monkeypatch.setattr(benchmark.torch.cuda, "is_available", lambda: False)
+    for flags, message in (("--device=cuda", "sees no GPU"), ("--providers=dali_mixed", "can't run on --device cpu")):
+        with pytest.raises(SystemExit):
+            benchmark.main([flags])
+        assert message in capsys.readouterr().err
+
+
+def test_bad_folders_are_named(tmp_path, capsys):
+    assert benchmark.main([*SMALL, f"--data-path={tmp_path / 'none'}"]) == 2
+    assert capsys.readouterr().err.startswith("data_loading.py: --data-path: got ")

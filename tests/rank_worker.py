@@ -1,0 +1,99 @@
+"""One rank of a program under a launcher, with an eye on what it does.
+
+rank_worker.py train RECORDS STOP_AT FLAGS...     trains to step STOP_AT, saves there, and stops
+rank_worker.py evaluate FEATURES ARGUMENTS...     evaluates, and keeps the features
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from tinymim_fast import engine, evaluate, train, training
+from tinymim_fast.config import DistillConfig, parse
+from tinymim_fast.errors import Terminated
+
+FIRST_GREY, GREY_STEP = 20, 9  # of `numbered_images`, in units of 0..255
+
+
+def numbers_seen(view: torch.Tensor, config: DistillConfig) -> list[int]:
+    """Which of the `numbered_images` a batch holds, by their mean grey."""
+    std, mean = (torch.tensor(values).view(3, 1, 1) for values in (config.std, config.mean))
+    grey = ((view.float() * std + mean) * 255).mean((1, 2, 3))
+    number = (grey - FIRST_GREY) / GREY_STEP
+    assert (number - number.round()).abs().max() < 0.35, number
+    return number.round().int().tolist()
+
+
+def train_and_record(world: engine.World, records: Path | None, stop_at: int, flags: list[str]) -> None:
+    """A run that adds the numbers of the images it trains on to `records`, a line for each forward pass, and stops."""
+    config = parse(DistillConfig, flags, "train.py")
+
+    def build_task(*args):
+        task = train.build_task(*args)
+        if records is None:
+            return task
+        prepare = task.prepare
+
+        def prepare_and_record(views):
+            with open(records / f"from_{world.world_size}_ranks_{world.rank}.txt", "a") as file:
+                file.write(" ".join(map(str, numbers_seen(views[0], config))) + "\n")
+            return prepare(views)
+
+        object.__setattr__(task, "prepare", prepare_and_record)
+        return task
+
+    save = training.Run._save
+
+    def save_and_stop(run):
+        save(run)
+        if run.step == stop_at:
+            raise Terminated(f"stopped at {stop_at}")
+
+    with patched(training.Run, _save_due=lambda run: run.step == stop_at, _save=save_and_stop):
+        try:
+            training.train(config, world, build_task)
+        except Terminated:
+            return
+
+
+class patched:
+    """Attributes of an object, replaced within a with block."""
+
+    def __init__(self, target, **new):
+        self.target, self.new = target, new
+
+    def __enter__(self):
+        self.old = {name: getattr(self.target, name) for name in self.new}
+        for name, value in self.new.items():
+            setattr(self.target, name, value)
+
+    def __exit__(self, *_):
+        for name, value in self.old.items():
+            setattr(self.target, name, value)
+
+
+def main() -> int:
+    what, path, *rest = sys.argv[1:]
+    torch.set_num_threads(1)
+    if what == "train":
+        world = engine.start()
+        train_and_record(world, Path(path), int(rest[0]), rest[1:])
+        engine.stop()
+        return 0
+    accuracy = evaluate.knn_accuracy
+
+    def keep(train_part, val_part):
+        np.savez(
+            path,
+            **{f"{s}_{k}": t for s, pair in (("train", train_part), ("val", val_part)) for k, t in zip("xy", pair)},
+        )
+        return accuracy(train_part, val_part)
+
+    with patched(evaluate, knn_accuracy=keep):
+        return evaluate.main(rest)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,66 @@
+"""Evaluation on several ranks."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests_support import TINY, run_training
+from tinymim_fast.errors import EXIT_INPUT
+from tinymim_fast.evaluate import extract_features, knn_accuracy
+from tinymim_fast.models.checkpoints import ModelInfo, save_weights
+from tinymim_fast.models.vit import TappedViT, create_vit, head_layout
+
+TORCHRUN = Path(sys.executable).parent / "torchrun"
+WORKER = Path(__file__).parent / "rank_worker.py"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    torch.manual_seed(0)
+    vit = create_vit("vit_tiny_patch16_224", img_size=32, flag="f", **TINY)
+    folder = tmp_path_factory.mktemp("checkpoint")
+    info = ModelInfo("vit_tiny_patch16_224", {**TINY, "img_size": 32}, "tinymim", head_layout(vit))
+    save_weights(folder, vit.state_dict(), info)
+    return folder, vit
+
+
+def test_three_ranks_count_each_image_once(image_folder, checkpoint, tmp_path):
+    """96 and 32 images in batches of 7: neither ranks nor batches divide them."""
+    folder, vit = checkpoint
+    code, output = run_training(
+        *[TORCHRUN, "--standalone", "--nproc-per-node=3", WORKER, "evaluate", tmp_path / "features.npz"],
+        *[folder, f"--data-path={image_folder}", "--batch-size=7", "--workers=1"],
+    )
+    assert code == 0, output
+    theirs = np.load(tmp_path / "features.npz")
+    options = {
+        "img_size": 32,
+        "mean": (0.485, 0.456, 0.406),
+        "std": (0.229, 0.224, 0.225),
+        "batch_size": 32,
+        "workers": 1,
+    }
+    tap = TappedViT(vit.eval(), len(vit.blocks))
+    ours = {
+        split: extract_features(tap, str(image_folder), split, device=torch.device("cpu"), **options)
+        for split in ("train", "val")
+    }
+    for split, count in (("train", 96), ("val", 32)):
+        features, labels = ours[split]
+        assert len(labels) == count and theirs[f"{split}_y"].tolist() == labels.tolist()
+        np.testing.assert_allclose(theirs[f"{split}_x"], features, atol=1e-5)
+        assert features.std(0).min() > 1e-3, "images whose features don't differ would not tell which is which"
+    accuracy = [line for line in output.splitlines() if line.startswith("k-NN accuracy: ")]
+    assert accuracy == [f"k-NN accuracy: {100 * knn_accuracy(ours['train'], ours['val']):.2f} %"]
+
+
+def test_bad_input_on_several_ranks_is_one_line(checkpoint, tmp_path):
+    code, output = run_training(
+        *[TORCHRUN, "--standalone", "--nproc-per-node=2", "-m", "tinymim_fast.evaluate"],
+        *[checkpoint[0], f"--data-path={tmp_path / 'none'}"],
+    )
+    assert code != 0 and f"exitcode  : {EXIT_INPUT}" in output
+    assert len([line for line in output.splitlines() if line.startswith("evaluate: ")]) == 1, output
