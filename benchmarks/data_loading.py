@@ -224,11 +224,14 @@ def cpu_s() -> float:
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
+def num_batches_of(point: Point, min_images: int) -> int:
+    """Of a repeat: a round, in which each worker makes a batch, and as many as hold `min_images`, two at least."""
+    return point.num_workers * (1 + max(2, math.ceil(min_images / (point.num_workers * point.batch_size))))
+
+
 def take(provider: str, index: ImageIndex, point: Point, device: torch.device, min_images: int) -> Sample:
-    """One repeat. Workers deliver in rounds, each a batch; the first round, which starts them, is not timed."""
-    workers = max(1, point.num_workers)
-    num_rounds = max(2, math.ceil(min_images / (workers * point.batch_size)))
-    num_batches = workers * (1 + num_rounds)
+    """One repeat. The first round, which starts the workers, is not timed."""
+    workers, num_batches = point.num_workers, num_batches_of(point, min_images)
     cpu_before, waited = cpu_s(), 0.0
     batches = PROVIDERS[provider](index, point, num_batches, device)
     for number in range(num_batches):
@@ -347,24 +350,28 @@ def plan(args: argparse.Namespace) -> list[Point]:
 
 def run(args: argparse.Namespace, results: harness.ResultFile, indexes: dict[str, ImageIndex]) -> list[Row]:
     """Measure point by point while the budget lasts; each point's rows are printed and written at once."""
-    start_s, longest_s = time.monotonic(), 0.0
+    start_s, s_per_image = time.monotonic(), 0.0
     rows: list[Row] = []
+    left_out: list[str] = []
     measured: dict[Point, list[Row]] = {}  # sweeps share points
-    for i, point in enumerate(args.points):
+    for point in args.points:
         key = replace(point, sweep="")
+        num_images = num_batches_of(point, args.min_images) * point.batch_size
         began = time.monotonic()
         if key not in measured:
-            if args.time_budget is not None and began - start_s + longest_s > args.time_budget:
-                print(f"\n--time-budget {args.time_budget:g}: left out " + "; ".join(map(str, args.points[i:])))
-                break
+            if args.time_budget is not None and began - start_s + s_per_image * num_images > args.time_budget:
+                left_out.append(str(point))
+                continue
             providers = [name for name in args.providers if runs(name, point)]
             measured[key] = measure(indexes[point.source], point, providers, args)
-            longest_s = max(longest_s, time.monotonic() - began)
+            s_per_image = max(s_per_image, (time.monotonic() - began) / num_images)  # over all providers and repeats
             print_table(measured[key])
             sys.stdout.flush()
         for row in measured[key]:
             rows.append(replace(row, sweep=point.sweep))
             results.add(rows[-1])
+    if left_out:
+        print(f"\n--time-budget {args.time_budget:g}: left out " + "; ".join(left_out))
     return rows
 
 
