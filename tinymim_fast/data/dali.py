@@ -200,7 +200,14 @@ def _encoded(files: Iterable, plan: TrainPlan | EvalPlan):
 
 
 def _decode_crop(encoded, start, shape, decoder: dict):
+    # DALI 2.4's decoders crash where a batch holds bytes that are no image; reading all headers first fails instead
+    start = start + 0 * _stored_shape(encoded)
     return fn.decoders.image_slice(encoded, start=start, shape=shape, axes=[0, 1], **decoder)
+
+
+def _stored_shape(encoded):
+    """Height and width."""
+    return fn.slice(fn.peek_image_shape(encoded, dtype=types.INT32, adjust_orientation=False), [0], [2], axes=[0])
 
 
 @do_not_convert  # by enable_conditionals
@@ -281,7 +288,8 @@ def _eval_graph(
     threads: ThreadPoolExecutor | None,
 ):
     size, anchor = fn.external_source(inputs, num_outputs=2)
-    image = fn.decoders.image(_encoded(files, plan), **decoder)
+    encoded = _encoded(files, plan)
+    image = _decode_crop(encoded, types.Constant(np.zeros(2, dtype=np.int32)), _stored_shape(encoded), decoder)
     image = _resize(image, size, threads)
     image = fn.slice(image, start=anchor, shape=[plan.img_size, plan.img_size], axes=[0, 1])
     return fn.crop_mirror_normalize(image, **normalize)
