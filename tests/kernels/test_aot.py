@@ -46,8 +46,8 @@ def test_single_pass_at_vit_shapes(rows, head_dim_s):
     of_relation = [
         row
         for row in rows
-        if (row["num_tokens"], row["head_dim_s"], row["head_dim_t"], row["dtype"])
-        == ("197", str(head_dim_s), "64", "bfloat16")
+        if tuple(row[name] for name in ("num_tokens", "head_dim_s", "head_dim_t", "dtype", "use"))
+        == ("197", str(head_dim_s), "64", "bfloat16", "qk")
     ]
     assert [row["kernel"] for row in of_relation] == ["single_pass", "single_pass_exact"]
     for row in of_relation:
