@@ -4,8 +4,8 @@ python benchmarks/aot_report.py --output benchmarks/results/aot_report.csv
 
 A row is one launch, for the tile that is checked in for the target, of a use of the loss (`USES`). Of the paths
 through a kernel's machine code the shortest is counted, its loop as often as N asks for: the single pass's second
-launch, for rows that need their maximum, counts as returning at once. Instructions and MUFU are per
-(query, key) pair of the padded tiles and per lane. issue_us is the time in which an H200 (132 SMs at 1.75 GHz)
+launch, for rows that need their maximum, counts as returning at once. Instructions and MUFU are per (query, key) pair
+that the tiles hold, padding included, and per lane. issue_us is the time in which an H200 (132 SMs at 1.75 GHz)
 issues them at four warp instructions per clock and SM, for B=256, H=12: a lower bound, not a timing. AMD code is
 counted statically, and has no such bound.
 """
@@ -253,7 +253,7 @@ def nvidia_row(target: str, launch: Launch, compiled: CompiledKernel, num_tokens
     arguments = launch.arguments
     own, other = block_sizes(arguments)
     # The single pass loops over queries and keeps the keys; the tiled kernels loop over `other`.
-    resident, looped = (other, own) if "flags_ptr" in arguments else (own, other)
+    resident, looped = (arguments["LIVE_KEYS"], own) if "LIVE_KEYS" in arguments else (own, other)
     num_iterations = math.ceil(num_tokens / looped)
     returns_at_once = bool(arguments.get("EXACT")) and arguments["flags_ptr"] is not None
     counts = executed(code, num_iterations, skip_loop=returns_at_once)

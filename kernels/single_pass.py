@@ -185,7 +185,9 @@ def single_pass_kernel(
         mask = (offs_k < num_tokens)[:, None] & mask_d_s
         d_y *= scale_s
         if d_x_ptr is not None and x_p == y_p:  # one tensor's gradient: dX is already there
-            tl.debug_barrier()  # written by other threads of this program
+            # Written by other threads of this program. PTX has bar.sync, which orders memory within the block, between
+            # the st.global above and this ld.global, which is none of the incoherent .nc kind.
+            tl.debug_barrier()
             d_y += tl.load(d_y_ptrs, mask=mask, other=0.0).to(tl.float32)
         tl.store(d_y_ptrs, d_y.to(d_y_ptr.dtype.element_ty), mask=mask)
     if not EXACT:

@@ -74,14 +74,13 @@ def choose(problem: Problem) -> TileConfig:
 def default(problem: Problem) -> TileConfig:
     """For hardware that nobody has tuned: what compiles without spills, see benchmarks/results/aot_report.csv."""
     bucket = problem.bucket
+    wide = problem.head_dim_s > 16 or problem.head_dim_t > 64
     if bucket <= 32:
         block_queries, num_warps, key_groups = 16, 1, 1
     elif problem.arch == "sm_90":
         halves = bucket == 256 or (bucket == 128 and problem.head_dim_s > 16)
         block_queries, num_warps, key_groups = (64, 8, 2) if halves else (64, 4, 1)
-    elif problem.arch == "sm_100" and bucket == 256:
-        block_queries, num_warps, key_groups = 64, 8, 4
-    elif bucket == 256 and problem.head_dim_s == 32 and problem.arch not in ROOMY:
+    elif bucket == 256 and (problem.arch == "sm_100" or (wide and problem.arch not in ROOMY)):
         block_queries, num_warps, key_groups = 32, 8, 1
     else:
         block_queries, num_warps, key_groups = 16, min(4, bucket // 32), 1
@@ -96,9 +95,18 @@ def default(problem: Problem) -> TileConfig:
 
 
 def default_tiled(problem: Problem) -> TileConfig:
+    wide = max(problem.head_dim_s, problem.head_dim_t) == 128
     if problem.itemsize == 4:
-        return TileConfig(kernel="tiled", block_queries=32, block_keys=16, num_warps=4)
-    return TileConfig(kernel="tiled", block_queries=64, block_keys=32 if problem.arch in ROOMY else 16, num_warps=4)
+        block_queries, block_keys, num_warps = 32, 16, 4
+    elif problem.arch == "sm_100":
+        block_queries, block_keys, num_warps = 128, 32, 8 if wide else 4
+    elif problem.arch in ROOMY:
+        block_queries, block_keys, num_warps = 64, 32, 4
+    elif wide and SHARED_MEMORY.get(problem.arch, 0) > 80 * 1024:
+        block_queries, block_keys, num_warps = 128, 16, 8
+    else:
+        block_queries, block_keys, num_warps = 64, 16, 4
+    return TileConfig(kernel="tiled", block_queries=block_queries, block_keys=block_keys, num_warps=num_warps)
 
 
 def fits_single_pass(problem: Problem, tile: TileConfig) -> bool:
