@@ -8,7 +8,7 @@ whole rows of the relations. In bits,
     dS  = (e_s - e_t l_s / l_t) / l_s        taken in fp32, before any rounding
     dX  = scale_s * dS Y_s,  dY = scale_s * dS^T X_s          where x is y, their sum
 
-No row maximum is subtracted: it would cost an eighth of all instructions. The sums tell whether that was sound.
+No row maximum is subtracted: it would cost a fifth of all instructions. The sums tell whether that was sound.
 Within 2^-60 and 2^60 nothing overflowed and what underflowed is below 2^-58 of the row; a program that sees another
 sum raises a flag, and a second launch with EXACT, in which all other programs return at once, computes its rows with
 their maxima.
