@@ -60,7 +60,8 @@ def main() -> None:
     dtypes = [dtype for dtype in FLOORS if device == "cuda" or dtype != torch.bfloat16]
     for num_tokens, head_dim_s, head_dim_t in SHAPES:
         for dtype in dtypes:
-            qkv_s, qkv_t = (packed(num_tokens, d, seed=d).to(device, dtype) for d in (head_dim_s, head_dim_t))
+            head_dims = head_dim_s, head_dim_t
+            qkv_s, qkv_t = (packed(num_tokens, d, seed).to(device, dtype) for seed, d in enumerate(head_dims))
             for function in (packed_loss, packed_lengths, rows):
                 ours = loss_and_grad(function, qkv_s, qkv_t, "triton")
                 exact = loss_and_grad(function, qkv_s.double(), qkv_t.double(), "reference")
