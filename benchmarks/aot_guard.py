@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 REPORT = "benchmarks/results/aot_report.csv"
 NOTES = "benchmarks/NOTES.md"
 ACCEPT = "Aot-accept:"
-PROBLEM = "target", "num_tokens", "head_dim_s", "head_dim_t", "dtype"
+PROBLEM = "target", "num_tokens", "head_dim_s", "head_dim_t", "dtype", "use"
 TILE = "block_queries", "block_keys", "num_warps"
 # The report rounds to 0.1 instructions, 0.001 MUFU and 0.1 us. Beyond that, 0.5 %: some five instructions of the thousand
 # in a block, which ptxas moves by when it schedules the same code differently.
@@ -31,7 +31,7 @@ Row = dict[str, str]
 
 @dataclass(frozen=True)
 class Regression:
-    """One figure that got worse; `problem` is target, N, D_s x D_t, dtype."""
+    """One figure that got worse; `problem` is target, N, D_s x D_t, dtype, use."""
 
     problem: str
     kernel: str
@@ -143,7 +143,10 @@ def _read(text: str) -> list[Row]:
 
 def _by_kernel(rows: list[Row]) -> dict[tuple[str, str], Row]:
     def problem(row: Row) -> str:
-        return "{target} N={num_tokens} {head_dim_s}x{head_dim_t} {dtype}".format(**{k: row[k] for k in PROBLEM})
+        figures = {"use": "qk", **row}  # reports without the column were of QK alone
+        return "{target} N={num_tokens} {head_dim_s}x{head_dim_t} {dtype} {use}".format(
+            **{k: figures[k] for k in PROBLEM}
+        )
 
     return {(problem(row), row["kernel"]): row for row in rows}
 

@@ -2,10 +2,10 @@
 
 python benchmarks/aot_report.py --output benchmarks/results/aot_report.csv
 
-A row is one launch of one relation's loss and gradient, for the tile that is checked in for the target. Of
-the paths through a kernel's machine code the shortest is counted, its loop as often as N asks for: the single
-pass's second launch, for rows that need their maximum, counts as returning at once. Instructions and MUFU are per
-(query, key) pair of the padded tiles and per lane. issue_us is the time in which an H200 (132 SMs at 1.75 GHz)
+A row is one launch, for the tile that is checked in for the target, of a use of the loss (`USES`). Of the paths
+through a kernel's machine code the shortest is counted, its loop as often as N asks for: the single pass's second
+launch, for rows that need their maximum, counts as returning at once. Instructions and MUFU are per (query, key) pair
+that the tiles hold, padding included, and per lane. issue_us is the time in which an H200 (132 SMs at 1.75 GHz)
 issues them at four warp instructions per clock and SM, for B=256, H=12: a lower bound, not a timing. AMD code is
 counted statically, and has no such bound.
 """
@@ -20,7 +20,9 @@ import sys
 import tempfile
 from collections import Counter, deque
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, fields
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -49,14 +51,23 @@ SM = {
     "sm_90": (228 * 1024, 64, 32),
     "sm_100": (228 * 1024, 64, 32),
 }
-# (N, D_s, D_t, dtype) that are compiled: the paper's head widths, every other bucket of N, the widest heads, fp32.
+# What a kernel is compiled for: one packed relation, both with lengths, the loss alone, the gradient of one side,
+# and the backward pass of reduction "none" with lengths.
+USES = ("qk", "qk+vv", "forward", "d_x", "d_y", "rows")
+# (N, D_s, D_t, dtype, use) that are compiled: the paper's head widths, every bucket of N, the widest heads, and for
+# the tiles that fill the registers, the uses that take most of them. tf32 is fp32 with products in TF32.
 SHAPES = [
-    *((197, d_s, 64, "bfloat16") for d_s in (16, 32, 64)),
-    (197, 48, 64, "bfloat16"),
-    (197, 16, 80, "bfloat16"),
-    *((n, 32, 64, "bfloat16") for n in (16, 17, 50, 128, 577)),
-    (577, 128, 128, "bfloat16"),
-    (197, 64, 64, "float32"),
+    *((197, d_s, 64, "bfloat16", "qk") for d_s in (16, 32, 48, 64)),
+    (197, 16, 80, "bfloat16", "qk"),
+    (128, 16, 64, "bfloat16", "qk"),
+    *((n, 32, 64, "bfloat16", "qk") for n in (16, 17, 50, 128, 577)),
+    (577, 128, 128, "bfloat16", "qk"),
+    (197, 64, 64, "float32", "qk"),
+    (197, 64, 64, "tf32", "qk"),
+    *((197, 64, 64, "bfloat16", use) for use in ("forward", "d_x", "d_y")),
+    *((197, d_s, 64, "float16", use) for d_s in (16, 32, 64) for use in ("qk+vv", "rows")),
+    *((n, 64, 64, "float16", "qk+vv") for n in (17, 50, 128, 256)),
+    *((577, 128, 128, "float16", use) for use in ("qk+vv", "rows")),
 ]
 
 
@@ -69,6 +80,7 @@ class Row:
     head_dim_s: int
     head_dim_t: int
     dtype: str
+    use: str
     kernel: str
     block_queries: int
     block_keys: int
@@ -95,28 +107,35 @@ class Instruction:
     operands: str
 
 
-def operands(num_tokens: int, head_dim_s: int, head_dim_t: int, dtype: str) -> Operands:
-    """QK of packed projections, as RelationLoss launches it; on "meta", so that nothing is allocated."""
+def operands(num_tokens: int, head_dim_s: int, head_dim_t: int, dtype: str, use: str) -> Operands:
+    """As RelationLoss launches packed projections, relation_kl the other uses; on "meta": nothing is allocated."""
+    dtype = torch.float32 if dtype == "tf32" else getattr(torch, dtype)
+    packed = use.startswith("qk")
 
-    def packed(head_dim: int) -> Tensor:
-        shape = NUM_IMAGES, num_tokens, 3, NUM_HEADS, head_dim
-        return torch.empty(shape, dtype=getattr(torch, dtype), device="meta")[:, :, 0].transpose(1, 2)
+    def projection(head_dim: int) -> Tensor:
+        if packed:
+            shape = NUM_IMAGES, num_tokens, 3, NUM_HEADS, head_dim
+            return torch.empty(shape, dtype=dtype, device="meta")[:, :, 0].transpose(1, 2)
+        return torch.empty(NUM_IMAGES, NUM_HEADS, num_tokens, head_dim, dtype=dtype, device="meta")
 
-    student, teacher, gradient = packed(head_dim_s), packed(head_dim_t), packed(head_dim_s)
+    student, teacher, gradient = projection(head_dim_s), projection(head_dim_t), projection(head_dim_s)
+    weights = torch.empty(NUM_IMAGES, NUM_HEADS, num_tokens, device="meta")
     return Operands(
         x_s=student,
         y_s=student,
         x_t=teacher,
         y_t=teacher,
-        d_x=gradient,
-        d_y=gradient,
+        d_x=None if use in ("forward", "d_y") else gradient,
+        d_y=None if use in ("forward", "d_x") else gradient,
         scale_s=head_dim_s**-0.5,
         scale_t=head_dim_t**-0.5,
-        codes_x=(0,),
-        codes_y=(1,),
-        stride_s_p=NUM_HEADS * head_dim_s,
-        stride_t_p=NUM_HEADS * head_dim_t,
-        stride_d_p=NUM_HEADS * head_dim_s,
+        lengths=torch.empty(NUM_IMAGES, dtype=torch.int64, device="meta") if use in ("qk+vv", "rows") else None,
+        weights=weights if use == "rows" else None,
+        codes_x=(0, 2) if use == "qk+vv" else (0,),
+        codes_y=(1, 2) if use == "qk+vv" else (1,),
+        stride_s_p=NUM_HEADS * head_dim_s if packed else 0,
+        stride_t_p=NUM_HEADS * head_dim_t if packed else 0,
+        stride_d_p=NUM_HEADS * head_dim_s if packed else 0,
     )
 
 
@@ -234,7 +253,7 @@ def nvidia_row(target: str, launch: Launch, compiled: CompiledKernel, num_tokens
     arguments = launch.arguments
     own, other = block_sizes(arguments)
     # The single pass loops over queries and keeps the keys; the tiled kernels loop over `other`.
-    resident, looped = (other, own) if "flags_ptr" in arguments else (own, other)
+    resident, looped = (arguments["LIVE_KEYS"], own) if "LIVE_KEYS" in arguments else (own, other)
     num_iterations = math.ceil(num_tokens / looped)
     returns_at_once = bool(arguments.get("EXACT")) and arguments["flags_ptr"] is not None
     counts = executed(code, num_iterations, skip_loop=returns_at_once)
@@ -294,32 +313,40 @@ def name_of(launch: Launch) -> str:
     return "tiled_" + name
 
 
-def report(targets: list[str], shapes: list[tuple[int, int, int, str]] = SHAPES) -> Iterator[Row]:
-    for target in targets:
-        for num_tokens, head_dim_s, head_dim_t, dtype in shapes:
-            relation = operands(num_tokens, head_dim_s, head_dim_t, dtype)
-            tile = tiles.choose(fused.problem(relation, arch=target))
-            _, launches = fused.plan(relation, tile)
-            for launch in launches:
-                compiled = compile_launch(launch, TARGETS[target])
-                figures = (
-                    amd_row(compiled)
-                    if TARGETS[target].backend == "hip"
-                    else nvidia_row(target, launch, compiled, num_tokens)
-                )
-                block_queries, block_keys = block_sizes(launch.arguments)
-                yield Row(
-                    target=target,
-                    num_tokens=num_tokens,
-                    head_dim_s=head_dim_s,
-                    head_dim_t=head_dim_t,
-                    dtype=dtype,
-                    kernel=name_of(launch),
-                    block_queries=block_queries,
-                    block_keys=block_keys,
-                    num_warps=launch.num_warps,
-                    **figures,
-                )
+def rows_of(target: str, shape: tuple[int, int, int, str, str]) -> list[Row]:
+    num_tokens, head_dim_s, head_dim_t, dtype, use = shape
+    relation = operands(*shape)
+    _, launches = fused.plan(relation, tiles.choose(fused.problem(relation, arch=target)))
+    rows = []
+    for launch in launches:
+        if dtype == "tf32":
+            launch.arguments.update(PRECISION_S="tf32", PRECISION_T="tf32")
+        compiled = compile_launch(launch, TARGETS[target])
+        hip = TARGETS[target].backend == "hip"
+        figures = amd_row(compiled) if hip else nvidia_row(target, launch, compiled, num_tokens)
+        block_queries, block_keys = block_sizes(launch.arguments)
+        rows.append(
+            Row(
+                target=target,
+                num_tokens=num_tokens,
+                head_dim_s=head_dim_s,
+                head_dim_t=head_dim_t,
+                dtype=dtype,
+                use=use,
+                kernel=name_of(launch),
+                block_queries=block_queries,
+                block_keys=block_keys,
+                num_warps=launch.num_warps,
+                **figures,
+            )
+        )
+    return rows
+
+
+def report(targets: list[str]) -> Iterator[Row]:
+    with ProcessPoolExecutor() as pool:
+        for rows in pool.map(rows_of, *zip(*product(targets, SHAPES))):
+            yield from rows
 
 
 def parse_args() -> argparse.Namespace:

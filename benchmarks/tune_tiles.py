@@ -1,6 +1,9 @@
 """Times every candidate tile on the GPU at hand and prints the lines to check in, for kernels/tiles.py.
 
 python benchmarks/tune_tiles.py --num-tokens 50 197 577 --head-dims 16x64 32x64 64x64
+python benchmarks/tune_tiles.py --crossover
+
+With --crossover, the default single pass beside the default tiled kernels instead: up to which N the single pass wins.
 
 A candidate that does not compile, or whose gradient is wrong, is named and left out. Runs on demand only: training
 never tunes.
@@ -8,6 +11,7 @@ never tunes.
 
 import argparse
 import sys
+from functools import partial
 
 import torch
 import triton
@@ -56,6 +60,20 @@ def is_right(operands: Operands, tile: tiles.TileConfig) -> bool:
     return all(harness.relative_error(ours, theirs.double()) <= 2 * floor for ours, theirs in pairs)
 
 
+def crossover(args: argparse.Namespace, head_dim_s: int, head_dim_t: int) -> None:
+    for num_tokens in range(64, 257, 32):
+        operands = problem_operands(args, num_tokens, head_dim_s, head_dim_t)
+        problem = fused.problem(operands)
+        step_ms = {}
+        for tile in (tiles.default(problem), tiles.default_tiled(problem)):
+            if not is_right(operands, tile):
+                sys.exit(f"wrong: {tile}")
+            step = partial(fused.run, operands, tile)
+            step_ms[tile.kernel] = triton.testing.do_bench(step, return_mode="median")
+        times = ", ".join(f"{kernel} {1e3 * ms:.0f} us" for kernel, ms in step_ms.items())
+        print(f"N={num_tokens} D_s={head_dim_s} D_t={head_dim_t} {args.dtype}: {times}")
+
+
 def best_tile(operands: Operands) -> tuple[float, tiles.TileConfig]:
     times = []
     for tile in tiles.candidates(fused.problem(operands)):
@@ -79,12 +97,17 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "float16", "bfloat16"])
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--num-heads", type=int, default=12)
+    parser.add_argument("--crossover", action="store_true", help="N from 64 to 256, default tiles only")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("tune_tiles: got no GPU, want one: times on another machine tell nothing")
+    head_dims = [tuple(map(int, widths.split("x"))) for widths in args.head_dims]
+    if args.crossover:
+        for head_dim_s, head_dim_t in head_dims:
+            crossover(args, head_dim_s, head_dim_t)
+        return
     for num_tokens in args.num_tokens:
-        for head_dims in args.head_dims:
-            head_dim_s, head_dim_t = map(int, head_dims.split("x"))
+        for head_dim_s, head_dim_t in head_dims:
             operands = problem_operands(args, num_tokens, head_dim_s, head_dim_t)
             step_ms, tile = best_tile(operands)
             print(f"    {fused.problem(operands)}: {tile},  # {1e3 * step_ms:.0f} us")

@@ -37,7 +37,7 @@ def relation_kl(
     row_weights: Tensor | None = None,
     d_x: Tensor | None = None,
     d_y: Tensor | None = None,
-) -> Tensor:
+) -> Tensor | None:
     """Row losses KL(teacher row || student row); the student's gradient is written into `d_x` and `d_y`.
 
     Args:
@@ -50,7 +50,8 @@ def relation_kl(
             tensor given as both receives the sum, which is the gradient where x_s is y_s.
 
     Returns:
-        (B, H, N) row losses, 0 beyond the length; fp64 where an input is fp64, else fp32.
+        (B, H, N) row losses, 0 beyond the length; fp64 where an input is fp64, else fp32. None with `row_weights`:
+        a backward pass has no use for them.
 
     Memory: three maps, each of at most CPU_MAP_BYTES or DEVICE_MAP_BYTES, or of N * N if that is more.
     Deterministic wherever torch.bmm is. fp32 products follow torch.get_float32_matmul_precision().
@@ -72,8 +73,9 @@ def relation_kl(
             log_relation(xt, yt, scale_t, pad, logits, out=log_t)
             log_relation(xs, ys, scale_s, pad, logits, out=log_s)
             p_t = torch.exp(log_t, out=logits)
-            kl = log_t.sub_(log_s).mul_(p_t)
-            rows[chunk] = kl.sum(dim=-1).view_as(rows[chunk])
+            if row_weights is None:
+                kl = log_t.sub_(log_s).mul_(p_t)
+                rows[chunk] = kl.sum(dim=-1).view_as(rows[chunk])
 
             if d_x is None and d_y is None:
                 continue
@@ -91,6 +93,8 @@ def relation_kl(
             if d_y is not None:
                 d_y[chunk] = torch.bmm(d_logits.mT, xs).mul_(scale_s).view(d_y[chunk].shape)
 
+    if row_weights is not None:
+        return None
     return rows if padding is None else rows.masked_fill_(padding, 0)
 
 

@@ -32,7 +32,7 @@ def relation_kl(
     row_weights: Tensor | None = None,
     d_x: Tensor | None = None,
     d_y: Tensor | None = None,
-) -> Tensor:
+) -> Tensor | None:
     """As chunked.relation_kl, without a map in memory; fp32 row losses."""
     operands = Operands(
         x_s=x_s,
@@ -47,7 +47,8 @@ def relation_kl(
         weights=row_weights,
         codes_y=(0,) if d_x is not None and d_x is d_y else (1,),
     )
-    return run(operands)[0]
+    rows = run(operands)
+    return None if rows is None else rows[0]
 
 
 def packed_relation_kl(
@@ -81,8 +82,8 @@ def packed_relation_kl(
     return run(operands)
 
 
-def run(operands: Operands, tile: tiles.TileConfig | None = None) -> Tensor:
-    """Row losses (relations, B, H, N); `tile` is the checked-in one if None."""
+def run(operands: Operands, tile: tiles.TileConfig | None = None) -> Tensor | None:
+    """Row losses (relations, B, H, N), None with row weights; `tile` is the checked-in one if None."""
     rows, launches = plan(operands, tile or choose_tile(operands))
     device = operands.x_s.device
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
@@ -91,7 +92,7 @@ def run(operands: Operands, tile: tiles.TileConfig | None = None) -> Tensor:
     return rows
 
 
-def plan(operands: Operands, tile: tiles.TileConfig) -> tuple[Tensor, list[Launch]]:
+def plan(operands: Operands, tile: tiles.TileConfig) -> tuple[Tensor | None, list[Launch]]:
     """Where the row losses will be, and the launches."""
     # Triton is imported with the first plan: it is absent on some platforms.
     from tinymim_fast.kernels import single_pass, tiled

@@ -23,7 +23,8 @@ class Operands:
             are one as well and get the sum of both gradients.
         stride_s_p, stride_t_p, stride_d_p: elements from one projection to the next.
         lengths: (B,) integers or None.
-        weights: (B, H, N) upstream gradient of the rows or None, for a single relation.
+        weights: (B, H, N) upstream gradient of the rows or None, for a single relation. A backward pass: the row
+            losses are not computed.
     """
 
     x_s: Tensor
@@ -45,6 +46,13 @@ class Operands:
     @property
     def num_relations(self) -> int:
         return len(self.codes_x)
+
+    def empty_rows(self) -> Tensor | None:
+        """Room for the row losses, (B, relations, H, N)."""
+        if self.weights is not None:
+            return None
+        num_images, num_heads, num_tokens, _ = self.x_s.shape
+        return torch.empty(num_images, self.num_relations, num_heads, num_tokens, device=self.x_s.device)
 
     @cached_property
     def normalized_weights(self) -> tuple[Tensor | None, Tensor | None]:

@@ -1,17 +1,17 @@
 """Triton: the row losses and the gradient in one pass over the logits, for up to 256 tokens.
 
-One program per (image, relation, head). All keys stay on the chip, queries pass by in small blocks, so a block
-sees whole rows of the relations, transposed: S^T is keys x queries, softmax runs down the columns. In bits,
+One program per (image, relation, head). All keys stay on the chip and queries pass by in blocks, so a block sees
+whole rows of the relations. In bits,
 
-    a = scale_t * log2(e) * Y_t X_t^T        e_t = 2^a        l_t = sum over keys of e_t       (b, e_s, l_s alike)
+    a = scale_t * log2(e) * X_t Y_t^T        e_t = 2^a        l_t = sum over keys of e_t       (b, e_s, l_s alike)
     row = ln 2 * (sum of e_t (a - b) / l_t - log2 l_t + log2 l_s)
-    dS  = e_s / l_s - e_t / l_t              taken in fp32, before any rounding
-    dX  = scale_s * dS^T Y_s,  dY = scale_s * dS X_s          where x is y, their sum
+    dS  = (e_s - e_t l_s / l_t) / l_s        taken in fp32, before any rounding
+    dX  = scale_s * dS Y_s,  dY = scale_s * dS^T X_s          where x is y, their sum
 
-No row maximum is subtracted: it would cost two reductions across lanes, a fifth of all instructions. The sums
-tell whether that was sound. Within 2^-60 and 2^60 nothing overflowed and what underflowed is below 2^-58 of the
-row; a program that sees another sum raises a flag, and a second launch with EXACT, in which all other programs
-return at once, computes its rows with their maxima.
+No row maximum is subtracted: it would cost a fifth of all instructions. The sums tell whether that was sound.
+Within 2^-60 and 2^60 nothing overflowed and what underflowed is below 2^-58 of the row; a program that sees another
+sum raises a flag, and a second launch with EXACT, in which all other programs return at once, computes its rows with
+their maxima.
 """
 
 import torch
@@ -24,6 +24,8 @@ from tinymim_fast.kernels.operands import Launch, Operands, padded
 from tinymim_fast.kernels.tiles import TileConfig
 
 LARGEST_SUM = tl.constexpr(2.0**60)
+# What a key that is not there adds to a sum: unlike 0.0, x + -0.0 is x for every x, and the compiler drops it.
+NOTHING = tl.constexpr(-0.0)
 
 
 @triton.jit
@@ -35,7 +37,6 @@ def single_pass_kernel(
     d_x_ptr,
     d_y_ptr,
     rows_ptr,
-    sums_ptr,
     flags_ptr,
     lengths_ptr,
     weights_ptr,
@@ -75,6 +76,8 @@ def single_pass_kernel(
     BLOCK_D_T: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
     BLOCK_QUERIES: tl.constexpr,
+    LIVE_KEYS: tl.constexpr,
+    KEY_GROUPS: tl.constexpr,
     NUM_STAGES: tl.constexpr,
     GAIN: tl.constexpr,
     PRECISION_S: tl.constexpr,
@@ -91,18 +94,20 @@ def single_pass_kernel(
     y_s_ptr += image * stride_y_s_b + head * stride_y_s_h + y_p * stride_s_p
     x_t_ptr += image * stride_x_t_b + head * stride_x_t_h + x_p * stride_t_p
     y_t_ptr += image * stride_y_t_b + head * stride_y_t_h + y_p * stride_t_p
-    sums_ptr += pid.to(tl.int64) * (3 * BLOCK_KEYS)
+    first_row = pid.to(tl.int64) * num_tokens
 
-    offs_k = tl.arange(0, BLOCK_KEYS)
+    # A map's columns take the keys eight by eight from group to group of warps, so that which keys lie beyond
+    # LIVE_KEYS depends on the register alone: the compiler drops their exponentials and sums.
+    column = tl.arange(0, BLOCK_KEYS)
+    GROUP: tl.constexpr = BLOCK_KEYS // KEY_GROUPS
+    offs_k = column % GROUP // 8 * (8 * KEY_GROUPS) + column // GROUP * 8 + column % 8
+    live = (offs_k < LIVE_KEYS)[None, :]
     offs_d_s = tl.arange(0, BLOCK_D_S)
     offs_d_t = tl.arange(0, BLOCK_D_T)
     mask_d_s = (offs_d_s < HEAD_DIM_S)[None, :]
     mask_d_t = (offs_d_t < HEAD_DIM_T)[None, :]
     mask_k = (offs_k < length)[:, None]
-    # With no valid token, one key of zeros counts: losses and gradients come out 0, not NaN. Queries beyond the
-    # length read as zeros, and both their relations are uniform: 0 as well, without a mask on the map.
-    counts = (offs_k < tl.maximum(length, 1))[:, None]
-    bias = tl.where(counts, 0.0, MASKED)  # (keys, 1), added by the instruction that scales the logits
+    counts = (offs_k < LIVE_KEYS - 16) | (offs_k < num_tokens)  # the former is known to the compiler
 
     y_s = tl.load(
         y_s_ptr + offs_k[:, None] * stride_y_s_n + offs_d_s[None, :], mask=mask_k & mask_d_s, other=0.0
@@ -116,10 +121,14 @@ def single_pass_kernel(
     if d_x_ptr is not None:
         d_x_ptr += image * stride_d_x_b + head * stride_d_x_h + x_p * stride_d_p
     if d_y_ptr is not None:
+        d_y_ptr += image * stride_d_y_b + head * stride_d_y_h + y_p * stride_d_p
         d_y = tl.zeros([BLOCK_KEYS, BLOCK_D_S], tl.float32)
+    if not EXACT:
+        out_of_range = tl.zeros([BLOCK_QUERIES], tl.int32)
 
     for start in tl.range(0, num_tokens, BLOCK_QUERIES, num_stages=NUM_STAGES):
         offs_q = start + tl.arange(0, BLOCK_QUERIES)
+        in_image = offs_q < num_tokens
         mask_q = (offs_q < length)[:, None]
         x_t = tl.load(
             x_t_ptr + offs_q[:, None] * stride_x_t_n + offs_d_t[None, :], mask=mask_q & mask_d_t, other=0.0
@@ -127,91 +136,87 @@ def single_pass_kernel(
         x_s = tl.load(
             x_s_ptr + offs_q[:, None] * stride_x_s_n + offs_d_s[None, :], mask=mask_q & mask_d_s, other=0.0
         )  # (queries, D_s)
-        a = tl.dot(y_t, tl.trans(x_t), input_precision=PRECISION_T) * bits_t  # (keys, queries)
-        b = tl.dot(y_s, tl.trans(x_s), input_precision=PRECISION_S) * bits_s
-        if EXACT:
-            a = tl.where(counts, a, MASKED)
-            b = tl.where(counts, b, MASKED)
-            a -= tl.max(a, 0)[None, :]
-            b -= tl.max(b, 0)[None, :]
-        else:
-            a += bias
-            b += bias
-        e_t = exp2(a, PTX)
-        e_s = exp2(b, PTX)
-        weighted = tl.sum(e_t * (a - b), 0)
-        l_t = tl.sum(e_t, 0)
-        l_s = tl.sum(e_s, 0)
-        # Logarithms wait for the end: here, 32 lanes hold copies of each row and each would take its own.
-        in_image = offs_q < num_tokens
-        tl.store(sums_ptr + offs_q, weighted, mask=in_image)
-        tl.store(sums_ptr + BLOCK_KEYS + offs_q, l_t, mask=in_image)
-        tl.store(sums_ptr + 2 * BLOCK_KEYS + offs_q, l_s, mask=in_image)
+        d_logits = tl.zeros([BLOCK_QUERIES, BLOCK_KEYS], y_s.dtype)
+        # Always so. Where it sees one product feed another, Triton puts all warps along the queries, and half of
+        # them repeat the work of the others (sm_90: 400 spills and twice the exponentials).
+        if start < num_tokens:
+            if lengths_ptr is not None:
+                # Read again for each block: kept, the masks of a thread's keys would take 26 registers. With no
+                # valid token, one key of zeros counts: losses and gradients come out 0, not NaN.
+                counts = offs_k < tl.maximum(valid_tokens(lengths_ptr, image, num_tokens), 1)
+            bias = tl.where(counts, 0.0, MASKED)[None, :]  # added by the instruction that scales the logits
+            a = tl.dot(x_t, tl.trans(y_t), input_precision=PRECISION_T) * bits_t + bias  # (queries, keys)
+            b = tl.dot(x_s, tl.trans(y_s), input_precision=PRECISION_S) * bits_s + bias
+            if EXACT:
+                a -= tl.max(tl.where(live, a, MASKED), 1)[:, None]
+                b -= tl.max(tl.where(live, b, MASKED), 1)[:, None]
+            e_t = exp2(a, PTX)
+            e_s = exp2(b, PTX)
+            if rows_ptr is not None:  # before the other sums, which have no use for the logits
+                weighted = tl.sum(tl.where(live, e_t * (a - b), NOTHING), 1)
+            l_t = tl.sum(tl.where(live, e_t, NOTHING), 1)
+            l_s = tl.sum(tl.where(live, e_s, NOTHING), 1)
+            if not EXACT:
+                out_of_range |= (tl.maximum(l_t, l_s) > LARGEST_SUM) | (tl.minimum(l_t, l_s) * LARGEST_SUM < 1.0)
+            inverse_t = reciprocal(l_t, PTX)
+            if rows_ptr is not None:
+                row = (weighted * inverse_t - log2(l_t, PTX) + log2(l_s, PTX)) * LN_2
+                tl.store(rows_ptr + first_row + offs_q, row, mask=in_image)
+            if d_x_ptr is not None or d_y_ptr is not None:
+                factor = reciprocal(l_s, PTX) * GAIN
+                if weights_ptr is not None:
+                    factor *= tl.load(weights_ptr + first_row + offs_q, mask=in_image, other=0.0)
+                # Of equal relations exactly 1, whatever the reciprocal's error: their gradient is exactly 0.
+                ratio = tl.where(l_s == l_t, 1.0, l_s * inverse_t)
+                d_logits = (e_s - e_t * ratio[:, None]) * factor[:, None]
+                d_logits = tl.where(live, d_logits, 0.0).to(y_s.dtype)  # (queries, keys)
+        if d_x_ptr is not None:
+            d_x = tl.dot(d_logits, y_s, input_precision=PRECISION_S) * scale_s  # (queries, D_s)
+            tl.store(
+                d_x_ptr + offs_q[:, None] * stride_d_x_n + offs_d_s[None, :],
+                d_x.to(d_x_ptr.dtype.element_ty),
+                mask=in_image[:, None] & mask_d_s,
+            )
+        if d_y_ptr is not None:
+            d_y = tl.dot(tl.trans(d_logits), x_s, d_y, input_precision=PRECISION_S)
 
-        if d_x_ptr is not None or d_y_ptr is not None:
-            inverse = reciprocal(l_t * l_s, PTX)  # one reciprocal for two
-            if GAIN != 1.0:
-                inverse *= GAIN
-            if weights_ptr is not None:
-                inverse *= tl.load(weights_ptr + pid.to(tl.int64) * num_tokens + offs_q, mask=in_image, other=0.0)
-            d_logits = e_s * (inverse * l_t)[None, :] - e_t * (inverse * l_s)[None, :]
-            d_logits = d_logits.to(y_s.dtype)  # (keys, queries)
-            if d_y_ptr is not None:
-                d_y = tl.dot(d_logits, x_s, d_y, input_precision=PRECISION_S)
-            if d_x_ptr is not None:
-                d_x = tl.dot(tl.trans(d_logits), y_s, input_precision=PRECISION_S) * scale_s  # (queries, D_s)
-                tl.store(
-                    d_x_ptr + offs_q[:, None] * stride_d_x_n + offs_d_s[None, :],
-                    d_x.to(d_x_ptr.dtype.element_ty),
-                    mask=in_image[:, None] & mask_d_s,
-                )
-
-    tl.debug_barrier()  # other threads of this program wrote what is read from here on
-    in_image = offs_k < num_tokens
     if d_y_ptr is not None:
-        d_y_ptr += image * stride_d_y_b + head * stride_d_y_h + y_p * stride_d_p
         d_y_ptrs = d_y_ptr + offs_k[:, None] * stride_d_y_n + offs_d_s[None, :]
-        mask = in_image[:, None] & mask_d_s
+        mask = (offs_k < num_tokens)[:, None] & mask_d_s
         d_y *= scale_s
         if d_x_ptr is not None and x_p == y_p:  # one tensor's gradient: dX is already there
+            # Written by other threads of this program. PTX has bar.sync, which orders memory within the block, between
+            # the st.global above and this ld.global, which is none of the incoherent .nc kind.
+            tl.debug_barrier()
             d_y += tl.load(d_y_ptrs, mask=mask, other=0.0).to(tl.float32)
         tl.store(d_y_ptrs, d_y.to(d_y_ptr.dtype.element_ty), mask=mask)
-    weighted = tl.load(sums_ptr + offs_k, mask=in_image, other=0.0)
-    l_t = tl.load(sums_ptr + BLOCK_KEYS + offs_k, mask=in_image, other=1.0)
-    l_s = tl.load(sums_ptr + 2 * BLOCK_KEYS + offs_k, mask=in_image, other=1.0)
-    row = weighted * reciprocal(l_t, PTX) - log2(l_t, PTX) + log2(l_s, PTX)
-    tl.store(rows_ptr + pid.to(tl.int64) * num_tokens + offs_k, row * LN_2, mask=in_image)
     if not EXACT:
-        largest = tl.max(tl.maximum(l_t, l_s), 0)
-        smallest = tl.min(tl.minimum(l_t, l_s), 0)
-        out_of_range = (largest > LARGEST_SUM) | (smallest * LARGEST_SUM < 1.0)
-        tl.store(flags_ptr + pid, out_of_range.to(tl.int32))
+        tl.store(flags_ptr + pid, tl.max(out_of_range, 0))
 
 
-def launches(operands: Operands, tile: TileConfig) -> tuple[Tensor, list[Launch]]:
-    """The launches, and where they leave the row losses: (relations, B, H, N) in fp32.
+def launches(operands: Operands, tile: TileConfig) -> tuple[Tensor | None, list[Launch]]:
+    """The launches, and where they leave the row losses: (relations, B, H, N) in fp32, or None with row weights.
 
-    Gradients go where `operands` has room for them. Memory: four numbers per row and a flag per head, no map.
+    Gradients go where `operands` has room for them. Memory: a number per row and a flag per head, no map.
     """
     num_images, num_heads, num_tokens, _ = operands.x_s.shape
     block_keys = padded(num_tokens)
     num_programs = num_images * operands.num_relations * num_heads
-    new = {"device": operands.x_s.device}
-    rows = torch.empty(num_images, operands.num_relations, num_heads, num_tokens, **new)
-    sums = torch.empty(num_programs, 3, block_keys, **new)
+    rows = operands.empty_rows()
     # Rows this short gain nothing, and with their maxima a single key has a loss and a gradient of exactly 0.
     always_exact = block_keys == 16
-    flags = None if always_exact else torch.empty(num_programs, dtype=torch.int32, **new)
+    flags = None if always_exact else torch.empty(num_programs, dtype=torch.int32, device=operands.x_s.device)
     arguments = {
         **operands.arguments(),
         "rows_ptr": rows,
-        "sums_ptr": sums,
         "flags_ptr": flags,
         "BLOCK_KEYS": block_keys,
         "BLOCK_QUERIES": tile.block_queries,
+        "LIVE_KEYS": triton.cdiv(num_tokens, 16) * 16,
+        "KEY_GROUPS": tile.key_groups,
         "NUM_STAGES": tile.num_stages,
     }
-    return rows.transpose(0, 1), [
+    return None if rows is None else rows.transpose(0, 1), [
         Launch(single_pass_kernel, (num_programs,), {**arguments, "EXACT": exact}, tile.num_warps)
         for exact in ((True,) if always_exact else (False, True))
     ]

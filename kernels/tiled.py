@@ -7,7 +7,7 @@ student's logits and the row maxima m and sums l built up tile by tile (online s
     gradient    dX = scale_s * dS Y_s      a program has some queries and goes over the keys
     gradient    dY = scale_s * dS^T X_s    a program has some keys and goes over the queries
 
-Both gradients are one kernel, which computes dS = 2^(b - m_s) / l_s - 2^(a - m_t) / l_t again from the statistics.
+Both gradients are one kernel, which computes dS = (2^(b - m_s) - 2^(a - m_t) l_s / l_t) / l_s again from the statistics.
 """
 
 import torch
@@ -113,15 +113,16 @@ def statistics_kernel(
         m_s = new_m_s
 
     inverse_t = reciprocal(l_t, PTX)
-    inverse_s = reciprocal(l_s, PTX)
-    row = tl.where(mask_q, (weighted * inverse_t - log2(l_t, PTX) + log2(l_s, PTX)) * LN_2, 0.0)
-    tl.store(rows_ptr + pid.to(tl.int64) * num_tokens + offs_q, row, mask=offs_q < num_tokens)
+    if rows_ptr is not None:
+        row = tl.where(mask_q, (weighted * inverse_t - log2(l_t, PTX) + log2(l_s, PTX)) * LN_2, 0.0)
+        tl.store(rows_ptr + pid.to(tl.int64) * num_tokens + offs_q, row, mask=offs_q < num_tokens)
     if statistics_ptr is not None:
         statistics_ptr += pid.to(tl.int64) * 4 * num_tokens + offs_q
         tl.store(statistics_ptr, m_t, mask=mask_q)
-        tl.store(statistics_ptr + num_tokens, inverse_t, mask=mask_q)
+        # Of equal relations exactly 1, whatever the reciprocal's error: their gradient is exactly 0.
+        tl.store(statistics_ptr + num_tokens, tl.where(l_s == l_t, 1.0, l_s * inverse_t), mask=mask_q)
         tl.store(statistics_ptr + 2 * num_tokens, m_s, mask=mask_q)
-        tl.store(statistics_ptr + 3 * num_tokens, inverse_s, mask=mask_q)
+        tl.store(statistics_ptr + 3 * num_tokens, reciprocal(l_s, PTX), mask=mask_q)
 
 
 @triton.jit
@@ -208,7 +209,7 @@ def gradient_kernel(
     )  # (own, D_t)
     if not OWN_KEYS:
         m_t = tl.load(statistics_ptr + offs_own, mask=mask_own, other=0.0)[:, None]
-        inverse_t = tl.load(statistics_ptr + num_tokens + offs_own, mask=mask_own, other=0.0)[:, None]
+        ratio = tl.load(statistics_ptr + num_tokens + offs_own, mask=mask_own, other=0.0)[:, None]
         m_s = tl.load(statistics_ptr + 2 * num_tokens + offs_own, mask=mask_own, other=0.0)[:, None]
         inverse_s = tl.load(statistics_ptr + 3 * num_tokens + offs_own, mask=mask_own, other=0.0)[:, None]
     d_own = tl.zeros([BLOCK_OWN, BLOCK_D_S], tl.float32)
@@ -229,21 +230,19 @@ def gradient_kernel(
         a = tl.dot(own_t, tl.trans(other_t), input_precision=PRECISION_T) * bits_t  # (own, other)
         b = tl.dot(own_s, tl.trans(other_s), input_precision=PRECISION_S) * bits_s
         if OWN_KEYS:
-            # Queries beyond the length have inverses of 0, which makes their probabilities 0.
+            # Queries beyond the length have an inverse of 0, which makes their gradient 0.
             m_t = tl.load(statistics_ptr + offs_other, mask=mask_other, other=0.0)[None, :]
-            inverse_t = tl.load(statistics_ptr + num_tokens + offs_other, mask=mask_other, other=0.0)[None, :]
+            ratio = tl.load(statistics_ptr + num_tokens + offs_other, mask=mask_other, other=0.0)[None, :]
             m_s = tl.load(statistics_ptr + 2 * num_tokens + offs_other, mask=mask_other, other=0.0)[None, :]
             inverse_s = tl.load(statistics_ptr + 3 * num_tokens + offs_other, mask=mask_other, other=0.0)[None, :]
             if weights_ptr is not None:
-                weight = tl.load(weights_ptr + offs_other, mask=mask_other, other=0.0)[None, :]
-                inverse_t *= weight
-                inverse_s *= weight
+                inverse_s *= tl.load(weights_ptr + offs_other, mask=mask_other, other=0.0)[None, :]
             a = tl.where(mask_own[:, None], a, MASKED)
             b = tl.where(mask_own[:, None], b, MASKED)
         else:
             a = tl.where(mask_other[None, :], a, MASKED)
             b = tl.where(mask_other[None, :], b, MASKED)
-        d_logits = exp2(b - m_s, PTX) * inverse_s - exp2(a - m_t, PTX) * inverse_t
+        d_logits = (exp2(b - m_s, PTX) - exp2(a - m_t, PTX) * ratio) * inverse_s
         d_own = tl.dot((d_logits * GAIN).to(own_s.dtype), other_s, d_own, input_precision=PRECISION_S)
 
     d_own *= scale_s
@@ -256,21 +255,21 @@ def gradient_kernel(
     tl.store(d_own_ptrs, d_own.to(d_own_ptr.dtype.element_ty), mask=mask)
 
 
-def launches(operands: Operands, tile: TileConfig) -> tuple[Tensor, list[Launch]]:
-    """The launches, and where they leave the row losses: (relations, B, H, N) in fp32.
+def launches(operands: Operands, tile: TileConfig) -> tuple[Tensor | None, list[Launch]]:
+    """The launches, and where they leave the row losses: (relations, B, H, N) in fp32, or None with row weights.
 
     Gradients go where `operands` has room for them. Memory: five numbers per row, no map.
     """
     num_images, num_heads, num_tokens, _ = operands.x_s.shape
     num_programs = num_images * operands.num_relations * num_heads
     grid = num_programs, triton.cdiv(num_tokens, tile.block_queries)
-    new = {"device": operands.x_s.device}
-    rows = torch.empty(num_images, operands.num_relations, num_heads, num_tokens, **new)
+    rows = operands.empty_rows()
     want_x, want_y = operands.d_x is not None, operands.d_y is not None
+    statistics = torch.empty(num_programs, 4, num_tokens, device=operands.x_s.device) if want_x or want_y else None
     shared = {
         **operands.arguments(),
         "rows_ptr": rows,
-        "statistics_ptr": torch.empty(num_programs, 4, num_tokens, **new) if want_x or want_y else None,
+        "statistics_ptr": statistics,
         "NUM_STAGES": tile.num_stages,
     }
     arguments = {**shared, "BLOCK_QUERIES": tile.block_queries, "BLOCK_KEYS": tile.block_keys}
@@ -285,7 +284,7 @@ def launches(operands: Operands, tile: TileConfig) -> tuple[Tensor, list[Launch]
                 "ADD": own_keys and want_x,
             }
             plan.append(Launch(gradient_kernel, grid, _chosen(gradient_kernel, arguments), tile.num_warps))
-    return rows.transpose(0, 1), plan
+    return None if rows is None else rows.transpose(0, 1), plan
 
 
 def _as_own(arguments: dict, own: str, other: str) -> dict:

@@ -5,7 +5,7 @@ prints lines for `TUNED`.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 
@@ -17,6 +17,8 @@ class TileConfig:
         block_queries: queries in a tile.
         block_keys: keys in a tile; for single_pass the bucket of N.
         num_warps, num_stages: of the launch, and of the loop over tiles.
+        key_groups: for single_pass, parts of a row that different threads hold; where it fits the layout that
+            Triton gives the maps, keys beyond N cost no instructions.
     """
 
     kernel: Literal["single_pass", "tiled"]
@@ -24,6 +26,7 @@ class TileConfig:
     block_keys: int
     num_warps: int
     num_stages: int = 1
+    key_groups: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,19 +73,40 @@ def choose(problem: Problem) -> TileConfig:
 
 def default(problem: Problem) -> TileConfig:
     """For hardware that nobody has tuned: what compiles without spills, see benchmarks/results/aot_report.csv."""
-    # 64 keys a warp: fewer, and each row's reductions and reciprocals are repeated in more warps.
+    bucket = problem.bucket
+    wide = problem.head_dim_s > 16 or problem.head_dim_t > 64
+    if bucket <= 32:
+        block_queries, num_warps, key_groups = 16, 1, 1
+    elif problem.arch == "sm_90":
+        halves = bucket == 256 or (bucket == 128 and problem.head_dim_s > 16)
+        block_queries, num_warps, key_groups = (64, 8, 2) if halves else (64, 4, 1)
+    elif bucket == 256 and (problem.arch == "sm_100" or (wide and problem.arch not in ROOMY)):
+        block_queries, num_warps, key_groups = 32, 8, 1
+    else:
+        block_queries, num_warps, key_groups = 16, min(4, bucket // 32), 1
     tile = TileConfig(
-        kernel="single_pass", block_queries=16, block_keys=problem.bucket, num_warps=max(1, problem.bucket // 64)
+        kernel="single_pass",
+        block_queries=block_queries,
+        block_keys=bucket,
+        num_warps=num_warps,
+        key_groups=key_groups,
     )
-    if problem.bucket == 256 and problem.head_dim_s == 32 and problem.arch not in ROOMY:
-        tile = replace(tile, block_queries=32, num_warps=8)
     return tile if fits_single_pass(problem, tile) else default_tiled(problem)
 
 
 def default_tiled(problem: Problem) -> TileConfig:
+    wide = max(problem.head_dim_s, problem.head_dim_t) == 128
     if problem.itemsize == 4:
-        return TileConfig(kernel="tiled", block_queries=32, block_keys=16, num_warps=4)
-    return TileConfig(kernel="tiled", block_queries=64, block_keys=32 if problem.arch in ROOMY else 16, num_warps=4)
+        block_queries, block_keys, num_warps = 32, 16, 4
+    elif problem.arch == "sm_100":
+        block_queries, block_keys, num_warps = 128, 32, 8 if wide else 4
+    elif problem.arch in ROOMY:
+        block_queries, block_keys, num_warps = 64, 32, 4
+    elif wide and SHARED_MEMORY.get(problem.arch, 0) > 80 * 1024:
+        block_queries, block_keys, num_warps = 128, 16, 8
+    else:
+        block_queries, block_keys, num_warps = 64, 16, 4
+    return TileConfig(kernel="tiled", block_queries=block_queries, block_keys=block_keys, num_warps=num_warps)
 
 
 def fits_single_pass(problem: Problem, tile: TileConfig) -> bool:
@@ -91,7 +115,8 @@ def fits_single_pass(problem: Problem, tile: TileConfig) -> bool:
     if problem.bucket > 256 or problem.itemsize > 2 or problem.head_dim_s > widest_s:
         return False
     widths = problem.head_dim_s + problem.head_dim_t
-    elements = (problem.bucket + tile.block_queries) * widths + problem.bucket * tile.block_queries
+    maps = 1 if tile.key_groups == 1 else 2  # d_logits changes hands, once for each product
+    elements = (problem.bucket + tile.block_queries) * widths + maps * problem.bucket * tile.block_queries
     return elements * problem.itemsize <= SHARED_MEMORY.get(problem.arch, 64 * 1024)
 
 
@@ -100,14 +125,15 @@ def candidates(problem: Problem) -> Iterator[TileConfig]:
     if problem.bucket <= 256:
         for block_queries in (16, 32, 64):
             for num_warps in (1, 2, 4, 8):
-                if 32 <= problem.bucket // num_warps <= 128:
-                    for num_stages in (1, 2):
+                elements = block_queries * problem.bucket // (32 * num_warps)  # of each map, in one thread
+                if 16 <= elements <= 64:
+                    for key_groups in {1, max(1, 16 * num_warps // block_queries)}:
                         yield TileConfig(
                             kernel="single_pass",
                             block_queries=block_queries,
                             block_keys=problem.bucket,
                             num_warps=num_warps,
-                            num_stages=num_stages,
+                            key_groups=key_groups,
                         )
     for block_queries in (32, 64, 128):
         for block_keys in (32, 64, 128):

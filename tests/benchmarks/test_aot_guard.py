@@ -14,6 +14,7 @@ ROW = {
     "head_dim_s": "16",
     "head_dim_t": "64",
     "dtype": "bfloat16",
+    "use": "qk",
     "kernel": "single_pass",
     "block_queries": "16",
     "block_keys": "256",
@@ -64,17 +65,25 @@ def test_other_kernels_for_the_same_problem():
     tiled = {**ROW, "kernel": "tiled_d_x", "issue_us": "100"}
     assert aot_guard.compare([ROW, EXACT], [tiled]) == (
         [],
-        ["sm_90 N=197 16x64 bfloat16 single_pass", "sm_90 N=197 16x64 bfloat16 single_pass_exact"],
+        ["sm_90 N=197 16x64 bfloat16 qk single_pass", "sm_90 N=197 16x64 bfloat16 qk single_pass_exact"],
     )
     worse, _ = aot_guard.compare([ROW, EXACT], [tiled, {**tiled, "kernel": "tiled_d_y"}])
     assert [(r.figure, r.before, r.after) for r in worse] == [("issue_us", "132.1", "200.0")]
+
+
+def test_reports_without_uses_were_of_qk():
+    before = [{name: value for name, value in ROW.items() if name != "use"}]
+    lengths = {**ROW, "use": "rows", "issue_us": "200"}
+    assert aot_guard.compare(before, [ROW, lengths]) == ([], [])
+    worse, _ = aot_guard.compare(before, [{**ROW, "issue_us": "200"}, lengths])
+    assert [r.figure for r in worse] == ["issue_us"]
 
 
 def test_problems_may_come_but_not_go():
     wider = {**ROW, "head_dim_s": "32"}
     assert aot_guard.compare([ROW, EXACT], [ROW, EXACT, wider]) == ([], [])
     worse, _ = aot_guard.compare([ROW, EXACT, wider], [ROW, EXACT])
-    assert [(r.problem, r.after) for r in worse] == [("sm_90 N=197 32x64 bfloat16", "none")]
+    assert [(r.problem, r.after) for r in worse] == [("sm_90 N=197 32x64 bfloat16 qk", "none")]
 
 
 def test_targets_that_tell_less():

@@ -203,12 +203,9 @@ SCRIPTS = {
     for i, script in enumerate(part.command)
     if script.endswith(".py")
 }
-NOT_YET = pytest.mark.xfail(strict=True, reason="tune_tiles.py has no --crossover")
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=NOT_YET) if name == "crossover" else name for name in SCRIPTS]
-)
+@pytest.mark.parametrize("name", SCRIPTS)
 def test_flags_are_those_of_the_program(name):
     script, arguments = SCRIPTS[name]
     if not (ROOT / script).exists():

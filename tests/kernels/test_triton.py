@@ -3,13 +3,24 @@
 Triton's interpreter computes bf16 products wrongly: bf16 runs on a GPU only.
 """
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from relation_support import assert_relation_kl_as_exact, assert_relation_loss_as_exact, inputs, loss_and_grads, packed
+from relation_support import (
+    assert_relation_kl_as_exact,
+    assert_relation_loss_as_exact,
+    inputs,
+    loss_and_grad,
+    loss_and_grads,
+    packed,
+)
 from tests_support import given, settings, st
 from tinymim_fast.kernels import RelationLoss, fused, relation_kl, relation_loss, tiles
+from tinymim_fast.kernels.relation_kl import resolve_backend
 
 GPU = torch.cuda.is_available()
 needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(not GPU, reason="needs a CUDA device")]
@@ -37,6 +48,8 @@ SHAPES = [
     pytest.param((1, 1, 64, 8, 128), id="full-tiles-narrowest-and-widest-head"),
     pytest.param((1, 1, 65, 16, 64), id="one-token-beyond-full-tiles"),
     pytest.param((1, 1, 256, 16, 64), id="longest-single-pass"),
+    pytest.param((1, 1, 17, 80, 48), id="huge-student-wider-than-its-teacher"),
+    pytest.param((1, 1, 17, 128, 8), id="widest-and-narrowest-head"),
 ]
 LONG_SHAPES = [
     pytest.param((1, 1, 257, 16, 64), id="shortest-that-must-be-tiled"),
@@ -51,8 +64,14 @@ def force(monkeypatch, kernel):
 
     def tile(operands):
         if kernel == "single_pass":
-            bucket = fused.problem(operands).bucket
-            return tiles.TileConfig(kernel=kernel, block_queries=16, block_keys=bucket, num_warps=max(1, bucket // 64))
+            problem = fused.problem(operands)
+            if not fused.INTERPRETED and (tile := tiles.choose(problem)).kernel == kernel:
+                return tile
+            if not fused.INTERPRETED:
+                pytest.skip(f"is tiled here: {problem}")
+            return tiles.TileConfig(
+                kernel=kernel, block_queries=64, block_keys=problem.bucket, num_warps=8, key_groups=2
+            )
         return tiles.TileConfig(kernel=kernel, block_queries=64, block_keys=64, num_warps=4)
 
     monkeypatch.setattr(fused, "choose_tile", tile)
@@ -346,7 +365,7 @@ def test_no_map_in_memory(kernel):
     )
     with Allocations():
         fused.plan(operands, fused.choose_tile(operands))
-    assert sizes and max(sizes) <= 4 * num_images * num_heads * 256
+    assert sizes and max(sizes) <= 4 * num_images * num_heads * num_tokens
 
 
 @needs_interpreter
@@ -383,6 +402,43 @@ def test_compiles_into_one_graph(place, dynamic):
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.parametrize("cast", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_autocast_changes_nothing(cast, reduction, place, assert_as_exact):
+    """A half-precision student of an fp32 teacher and the reverse, forward and backward inside autocast."""
+    device, dtype = place
+    tensors = [z.to(device) for z in inputs((1, 2, 17, 8, 16))]
+    for low in (slice(0, 2), slice(2, 4)):
+        mixed = list(tensors)
+        mixed[low] = [z.to(dtype) for z in mixed[low]]
+        plain = loss_and_grads(relation_kl, *mixed, reduction=reduction, backend="triton")
+        with torch.autocast(device, cast):
+            ours = loss_and_grads(relation_kl, *mixed, reduction=reduction, backend="triton")
+        assert all(torch.equal(a, b) for a, b in zip(ours, plain))
+        exact = loss_and_grads(relation_kl, *(z.double() for z in mixed), reduction=reduction, backend="reference")
+        pytorch = loss_and_grads(relation_kl, *mixed, reduction=reduction, backend="reference")
+        for name, *results in zip(("loss", "d_x_s", "d_y_s"), ours, pytorch, exact):
+            assert_as_exact(name, *results, mixed[0].dtype if name != "loss" else torch.float32)
+
+
+def test_packed_relations_inside_autocast(place, assert_as_exact):
+    """The projections come out of autocast in its dtype; the teacher ran without."""
+    device = place[0]
+    cast = torch.float16 if device == "cpu" else torch.bfloat16  # the interpreter's bf16 products are wrong
+    weight, _ = packed((1, 36, 1, 2, 2), seed=1)
+    tokens, qkv_t = (z.to(device) for z in packed((2, 10, 1, 2, 24)))
+    qkv_t = qkv_t.to(place[1])
+    with torch.autocast(device, cast):
+        qkv_s = torch.nn.functional.linear(tokens, weight[0].to(device))
+        assert qkv_s.dtype == cast
+        ours, grad = loss_and_grad(relation_loss, qkv_s, qkv_t, relation_heads=3, backend="triton")
+    kwargs = {"relation_heads": 3, "backend": "reference"}
+    pytorch = loss_and_grad(relation_loss, qkv_s, qkv_t, **kwargs)
+    exact = loss_and_grad(relation_loss, qkv_s.double(), qkv_t.double(), **kwargs)
+    assert_as_exact("loss", ours, pytorch[0], exact[0], torch.float32)
+    assert_as_exact("d_qkv_s", grad, pytorch[1], exact[1], cast)
+
+
 def test_why_it_cannot_run(monkeypatch):
     tensors = inputs((1, 2, 5, 4, 4))
     monkeypatch.setattr(fused, "INTERPRETED", False)
@@ -415,7 +471,8 @@ def test_every_problem_has_a_tile():
                 problem = tiles.Problem(arch=arch, bucket=bucket, head_dim_s=64, head_dim_t=128, itemsize=itemsize)
                 tile = tiles.choose(problem)
                 assert tile.kernel == "tiled" or bucket <= 256
-                assert list(tiles.candidates(problem))
+                for candidate in (tile, *tiles.candidates(problem)):
+                    assert candidate.block_keys % (8 * candidate.key_groups) == 0
 
 
 def test_strides_beyond_32_bits_are_tiled():
@@ -423,6 +480,42 @@ def test_strides_beyond_32_bits_are_tiled():
     x = torch.empty_strided((1, 1, 200, 16), (0, 0, 2**24, 1), dtype=torch.float16, device="meta")
     operands = fused.Operands(x_s=x, y_s=x, x_t=x, y_t=x, d_x=None, d_y=None, scale_s=1.0, scale_t=1.0)
     assert fused.choose_tile(operands).kernel == "tiled"
+
+
+@needs_interpreter
+@pytest.mark.parametrize("axis", [0, 1, 2], ids=["images", "heads", "tokens"])
+def test_offsets_beyond_32_bits(axis, monkeypatch):
+    """A stride of 2^30 over three entries, in memory of which only those entries are ever touched."""
+    shape, strides = [1, 1, 3, 16], [48, 48, 16, 1]
+    shape[axis], strides[axis] = 3, 2**30
+    room = torch.empty(2**31 + 2**20, dtype=torch.float16)
+    far = room.as_strided(shape, strides)
+    near = inputs((*shape, 16), torch.float16)
+    far.copy_(near[2])
+    # Tokens so far apart are the tiled kernels' by choice; images and heads are single_pass's as well.
+    for kernel in KERNELS if axis < 2 else ["tiled"]:
+        force(monkeypatch, kernel)
+        ours = loss_and_grads(relation_kl, *near[:2], far, near[3], backend="triton")
+        assert all(torch.equal(a, b) for a, b in zip(ours, loss_and_grads(relation_kl, *near, backend="triton")))
+
+
+def test_rocm_is_dispatched_to_triton_without_ptx(monkeypatch):
+    """On a machine without it: what the plan asks of ROCm, from a device that only names itself."""
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    properties = SimpleNamespace(gcnArchName="gfx942:sramecc+:xnack-", major=9, minor=4)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    fused._arch.cache_clear()
+    try:
+        with FakeTensorMode():
+            x = torch.empty(2, 3, 197, 16, dtype=torch.bfloat16, device="cuda")
+            assert resolve_backend("auto", x, x) == "triton"
+            operands = fused.Operands(x_s=x, y_s=x, x_t=x, y_t=x, d_x=x, d_y=x, scale_s=1.0, scale_t=1.0)
+            assert fused.problem(operands).arch == "gfx942"
+            _, launches = fused.plan(operands, fused.choose_tile(operands))
+        assert not any(launch.arguments["PTX"] for launch in launches)
+        assert {launch.arguments["PRECISION_S"] for launch in launches} == {"ieee"}
+    finally:
+        fused._arch.cache_clear()
 
 
 @pytest.mark.gpu
