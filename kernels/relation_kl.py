@@ -213,8 +213,13 @@ def count_rows(num_images: int, num_heads: int, num_tokens: int, lengths: Tensor
 
 
 def scaled(gradient: Tensor, factor: Tensor) -> Tensor:
-    """gradient * factor in the factor's dtype: 1 / (B H N) underflows in fp16."""
-    return (gradient.to(factor.dtype) * factor).to(gradient.dtype)
+    """gradient * factor, taken in the factor's dtype, in which 1 / (B H N) does not underflow as it does in fp16.
+
+    One pass over memory: a product with `out` converts as it reads and writes. A factor without dimensions would be
+    rounded to the gradient's dtype first.
+    """
+    factor = factor.reshape([1] * (gradient.ndim - factor.ndim) + list(factor.shape))
+    return torch.mul(gradient, factor, out=torch.empty_like(gradient))
 
 
 def refuse_second_derivative() -> None:

@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from relation_support import assert_relation_kl_as_exact, inputs, log_relations, loss_and_grads, pytorch_kl
 from tests_support import given, settings, st
 from tinymim_fast.kernels import chunked, reference, relation_kl
+from tinymim_fast.kernels.relation_kl import scaled
 
 BACKENDS = ["reference", "chunked"]
 
@@ -356,3 +357,20 @@ def test_bad_input_is_named(message):
     arguments = dict(zip(("x_s", "y_s", "x_t", "y_t"), inputs(GOOD)))
     with pytest.raises(ValueError, match=f"^{message}"):
         relation_kl(**{**arguments, **BAD[message]})
+
+
+ON_CUDA = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+@pytest.mark.parametrize("shape", [(), (3, 1), (2, 5, 1, 1)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=ON_CUDA)])
+def test_the_upstream_gradient_is_multiplied_in_its_own_precision(device, dtype, shape):
+    generator = torch.Generator().manual_seed(0)
+    gradient = (1e4 * torch.randn(2, 5, 3, 7, generator=generator)).to(device, dtype)
+    factor = 1e-7 * (1 + torch.rand(shape, generator=generator, dtype=torch.float64))  # has two bits in fp16
+    factor = factor.to(device, torch.float64 if dtype == torch.float64 else torch.float32)
+    kept, expected = gradient.clone(), (gradient.to(factor.dtype) * factor).to(dtype)
+    product = scaled(gradient, factor)
+    assert product.dtype == dtype and torch.equal(product, expected)
+    assert torch.equal(gradient, kept), "a second backward pass needs it"
