@@ -509,7 +509,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--data-path", help="image folder; default: drawn JPEGs of ImageNet's size")
     parser.add_argument(
-        "--num-images", type=positive, default=512, help="drawn, or taken from --data-path (default: 512)"
+        "--num-images", type=positive, default=1024, help="drawn, or taken from --data-path (default: 1024)"
     )
     parser.add_argument("--device", type=torch.device, help="default: cuda if there is one, else cpu")
     parser.add_argument("--sweep", nargs="+", choices=list(X_AXES), default=list(X_AXES), help="default: all")
@@ -564,6 +564,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except InputError as error:
             print(f"data_loading.py: {error}", file=sys.stderr)
             return 2
+        too_large = [point for point in args.points if point.batch_size > len(indexes["folder"])]
+        for point in too_large:
+            print(f"left out, for there are {len(indexes['folder'])} images: {point}")
+        args.points = [point for point in args.points if point not in too_large]
         print(
             f"{len(indexes['folder'])} JPEGs, {args.kib_per_image:.0f} KiB each; to {args.device}, {args.num_repeats} repeats of "
             f"{args.min_images} images or more, medians"

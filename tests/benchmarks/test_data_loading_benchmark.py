@@ -15,7 +15,8 @@ SMALL = ["--device=cpu", "--num-images=12", "--min-images=8", "--num-repeats=1",
 
 def test_a_small_run(tmp_path, capsys):
     path = tmp_path / "results" / "data_loading.csv"
-    assert benchmark.main([*SMALL, "--sweep", "views", "source", f"--output={path}"]) == 0
+    flags = [*SMALL, "--batch-sizes", "4", "16", "--sweep", "views", "source", "batch"]
+    assert benchmark.main([*flags, f"--output={path}"]) == 0
     rows = harness.read_csv(path)
     seen = {(row["sweep"], row["source"], row["views"], row["provider"]) for row in rows}
     ours, users = {"dali_cpu", "fallback"}, {"torchvision", "torchvision_v2"}
@@ -23,6 +24,7 @@ def test_a_small_run(tmp_path, capsys):
         *(("views", "folder", views, name) for views in "12" for name in (*ours, *users)),
         *(("source", "folder", "2", name) for name in (*ours, *users)),
         *(("source", "tar", "2", name) for name in ours),
+        *(("batch", "folder", "2", name) for name in (*ours, *users)),
     }
     for row in rows:
         assert row["status"] == "ok" and float(row["images_per_s"]) > 0 and float(row["cpu_ms_per_image"]) > 0
@@ -31,7 +33,9 @@ def test_a_small_run(tmp_path, capsys):
         assert 90 < float(row["kib_per_image"]) < 130, "JPEGs of ImageNet's size"
         assert (row["mean_difference"] == "") == (row["provider"] in users)
     assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
-    assert "x torchvision" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "x torchvision" in output
+    assert "left out, for there are 12 images: folder, decode crop, 2 views, batch 16" in output
 
 
 def test_wrong_views_get_no_number(monkeypatch, capsys):
