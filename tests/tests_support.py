@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -30,6 +31,8 @@ PACKAGE = ROOT / "tinymim_fast"
 TINY = {"patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3}
 TEACHER = {"patch_size": 8, "embed_dim": 96, "depth": 3, "num_heads": 3}
 DEEPSPEED = Path(sys.executable).parent / "deepspeed"
+# For what launchers and killed processes leave in the folder for temporary files; removed when the tests end.
+SCRATCH = tempfile.TemporaryDirectory(prefix="tinymim_fast_tests_", ignore_cleanup_errors=True)
 
 
 def distill_flags(image_folder: Path, teacher_file: Path, output_dir: Path, **changes: object) -> list[str]:
@@ -58,7 +61,7 @@ def distill_flags(image_folder: Path, teacher_file: Path, output_dir: Path, **ch
 
 def start_training(*command: object, path: str | None = None, **options) -> subprocess.Popen:
     """A training program as its users start it; one thread a rank, for two cores."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": SCRATCH.name}
     for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         env.pop(key, None)
     if path is not None:
