@@ -414,7 +414,7 @@ def parts_of(mode: str, cuda: bool, data_path: str) -> list[Part]:
     """The most important first."""
     device = "cuda" if cuda or mode == "gpu" else "cpu"
     needs = ["cuda"] if device == "cuda" else []
-    patience = 1 if mode == "gpu" else 6  # without a budget, and on a CPU
+    patience = 1 if mode == "gpu" else 3  # without a budget, and on a CPU
 
     def timed(script: str, *arguments: str, name: str = "", needs: Sequence[str] = needs, **options) -> Part:
         file = f"{name or script}.csv"
