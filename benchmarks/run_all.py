@@ -383,7 +383,7 @@ def gpu_tests() -> list[Part]:
 
     others = ("module:timm", "module:PIL", "module:yaml", "module:safetensors")
     return [
-        pytest("kernel_tests", (), 300, "tests/kernels"),
+        pytest("kernel_tests", (), 300 if _is_installed("xdist") else 420, "tests/kernels"),
         pytest("other_gpu_tests", others, 180, "tests", "--ignore=tests/kernels"),
     ]
 
