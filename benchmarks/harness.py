@@ -6,12 +6,10 @@ import csv
 import datetime
 import itertools
 import math
-import platform
 import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,8 @@ import torch
 import triton
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
+
+import machine
 
 # A checkout needs no installation; where one is installed, that is what is measured.
 sys.path.append(str(Path(__file__).parent.parent))
@@ -44,12 +44,12 @@ def environment(device: torch.device) -> dict[str, str | int]:
     cuda = device.type == "cuda"
     return {
         "device_type": device.type,
-        "device": torch.cuda.get_device_name(device) if cuda else _cpu_name(),
-        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if cuda else "",
+        "device": torch.cuda.get_device_name(device) if cuda else machine.cpu_name(),
+        "driver": machine.driver() if cuda else "",
         "num_threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "triton": triton.__version__,
-        "commit": _output("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty") or "uncommitted",
+        "commit": machine.commit(),
         "date": datetime.date.today().isoformat(),
     }
 
@@ -79,13 +79,6 @@ class ResultFile:
                     writer.writeheader()
                 writer.writerow(values)
         self.rows.append(values)
-
-
-def write_csv(path: Path, rows: Sequence[Any], device: torch.device) -> None:
-    """Rows of one kind at once, dataclasses or mappings, with the environment."""
-    file = ResultFile(path, device)
-    for row in rows:
-        file.add(row)
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
@@ -221,20 +214,3 @@ def one_line(error: BaseException) -> str:
     """Type and first line of an error, for a row's `detail`."""
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0]}"[:200]
-
-
-def _cpu_name() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
-
-
-def _output(*command: str) -> str:
-    """First line of what a program prints; empty where it is missing or fails."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    except OSError:
-        return ""
-    lines = done.stdout.strip().splitlines()
-    return lines[0] if lines else ""

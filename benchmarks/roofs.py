@@ -54,13 +54,14 @@ class Work:
 
 @dataclass(frozen=True, kw_only=True)
 class Gpu:
-    """Peaks from `source`: boost clock in MHz, memory in GB/s, dense bf16 products accumulated in fp32 in TFLOP/s."""
+    """Nominal peaks as commonly quoted, not checked against the vendor's sheets: boost clock in MHz, memory in GB/s,
+    dense bf16 products accumulated in fp32 in TFLOP/s. Shares use the clock alone; other rates are measured in the run.
+    """
 
     num_sms: int
     clock_mhz: int
     memory_gb_per_s: int
     bf16_tflop_per_s: float
-    source: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,27 +86,13 @@ class Rates:
 
 # By a part of torch.cuda.get_device_name; a GPU that is not here brings its own clock.
 GPUS = {
-    "NVIDIA H200": Gpu(
-        num_sms=132, clock_mhz=1980, memory_gb_per_s=4800, bf16_tflop_per_s=989.4, source="H200 data sheet"
-    ),
-    "H100 PCIe": Gpu(
-        num_sms=114, clock_mhz=1755, memory_gb_per_s=2000, bf16_tflop_per_s=756, source="H100 PCIe data sheet"
-    ),
-    "H100 80GB HBM3": Gpu(
-        num_sms=132, clock_mhz=1980, memory_gb_per_s=3350, bf16_tflop_per_s=989.4, source="H100 SXM data sheet"
-    ),
-    "A100-SXM4-80GB": Gpu(
-        num_sms=108, clock_mhz=1410, memory_gb_per_s=2039, bf16_tflop_per_s=312, source="A100 data sheet"
-    ),
-    "A100-SXM4-40GB": Gpu(
-        num_sms=108, clock_mhz=1410, memory_gb_per_s=1555, bf16_tflop_per_s=312, source="A100 data sheet"
-    ),
-    "RTX 4090": Gpu(
-        num_sms=128, clock_mhz=2520, memory_gb_per_s=1008, bf16_tflop_per_s=165.2, source="Ada GPU architecture paper"
-    ),
-    "RTX 3090": Gpu(
-        num_sms=82, clock_mhz=1695, memory_gb_per_s=936, bf16_tflop_per_s=71, source="GA102 architecture paper"
-    ),
+    "NVIDIA H200": Gpu(num_sms=132, clock_mhz=1980, memory_gb_per_s=4800, bf16_tflop_per_s=989.4),
+    "H100 PCIe": Gpu(num_sms=114, clock_mhz=1755, memory_gb_per_s=2000, bf16_tflop_per_s=756),
+    "H100 80GB HBM3": Gpu(num_sms=132, clock_mhz=1980, memory_gb_per_s=3350, bf16_tflop_per_s=989.4),
+    "A100-SXM4-80GB": Gpu(num_sms=108, clock_mhz=1410, memory_gb_per_s=2039, bf16_tflop_per_s=312),
+    "A100-SXM4-40GB": Gpu(num_sms=108, clock_mhz=1410, memory_gb_per_s=1555, bf16_tflop_per_s=312),
+    "RTX 4090": Gpu(num_sms=128, clock_mhz=2520, memory_gb_per_s=1008, bf16_tflop_per_s=165.2),
+    "RTX 3090": Gpu(num_sms=82, clock_mhz=1695, memory_gb_per_s=936, bf16_tflop_per_s=71),
 }
 
 # For predictions made without a GPU: what an H200 is taken to reach at copies and products, at a clock under load.
@@ -205,7 +192,7 @@ def describe(device: torch.device, dtype: torch.dtype, rates: Rates) -> str:
     if math.isfinite(rates.exps_per_s):
         parts.append(f"exponentials {rates.exps_per_s / 1e12:.2f} T/s (16 per clock and SM at boost clock)")
     if gpu:
-        parts.append(f"{gpu.source}: {gpu.memory_gb_per_s} GB/s, {gpu.bf16_tflop_per_s:g} TFLOP/s in bf16")
+        parts.append(f"nominal: {gpu.memory_gb_per_s} GB/s, {gpu.bf16_tflop_per_s:g} TFLOP/s in bf16")
     return "roofs measured now: " + "; ".join(parts)
 
 

@@ -30,6 +30,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from xml.etree import ElementTree
 
+import machine
 import readme_tables
 
 ROOT = Path(__file__).parent.parent
@@ -124,29 +125,16 @@ def environment() -> dict:
     return {
         **probed,
         "no_cuda_because": reason,
-        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").partition("\n")[0],
-        "cpu": _cpu_name(),
+        "driver": machine.driver(),
+        "cpu": machine.cpu_name(),
         "num_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "platform": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "versions": versions,
         "date": datetime.date.today().isoformat(),
-        "commit": _output("git", "-C", str(ROOT), "describe", "--always", "--dirty") or "no git",
+        "commit": machine.commit(),
         "sources_sha256": _sources_sha256(),
     }
-
-
-def _output(*command: str) -> str:
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return ""
-
-
-def _cpu_name() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
 def _sources_sha256() -> str:

@@ -28,10 +28,6 @@ def test_result_file_is_whole_after_each_row(tmp_path):
     assert list(rows[0]) == ["provider", "step_ms", *harness.environment(CPU)]
     assert len(rows) == 2
 
-    harness.write_csv(path, [{"other": "columns"}], CPU)
-    (row,) = harness.read_csv(path)
-    assert list(row) == ["other", *harness.environment(CPU)]
-
 
 def test_percentiles():
     assert harness.percentiles([5.0, 1.0, 2.0, 4.0, 3.0, 6.0]) == {
