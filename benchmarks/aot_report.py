@@ -31,7 +31,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
-from tinymim_fast.kernels import fused, tiles
+from tinymim_fast.kernels import tiles, triton_backend
 from tinymim_fast.kernels.operands import Launch, Operands
 
 NVIDIA_BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -316,7 +316,7 @@ def name_of(launch: Launch) -> str:
 def rows_of(target: str, shape: tuple[int, int, int, str, str]) -> list[Row]:
     num_tokens, head_dim_s, head_dim_t, dtype, use = shape
     relation = operands(*shape)
-    _, launches = fused.plan(relation, tiles.choose(fused.problem(relation, arch=target)))
+    _, launches = triton_backend.plan(relation, tiles.choose(triton_backend.problem(relation, arch=target)))
     rows = []
     for launch in launches:
         if dtype == "tf32":

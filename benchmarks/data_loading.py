@@ -205,7 +205,7 @@ class decoding:
 
     def __enter__(self) -> None:
         if self.is_changed:
-            from tinymim_fast.data import dali
+            from tinymim_fast.data import dali_loader as dali
 
             self.module, self.original = dali, dali._decode_crop
             dali._decode_crop = decode_then_crop

@@ -17,7 +17,7 @@ import torch
 import triton
 
 import harness
-from tinymim_fast.kernels import chunked, fused, tiles
+from tinymim_fast.kernels import chunked, tiles, triton_backend
 from tinymim_fast.kernels.operands import Operands
 
 
@@ -43,7 +43,7 @@ def is_right(operands: Operands, tile: tiles.TileConfig) -> bool:
     """Against the chunked backend, which the tests hold against the formula in fp64."""
     operands.d_x.fill_(torch.nan)
     operands.d_y.fill_(torch.nan)
-    rows = fused.run(operands, tile)[0]
+    rows = triton_backend.run(operands, tile)[0]
     d_x, d_y = torch.empty_like(operands.d_x), torch.empty_like(operands.d_y)
     expected = chunked.relation_kl(
         operands.x_s,
@@ -63,12 +63,12 @@ def is_right(operands: Operands, tile: tiles.TileConfig) -> bool:
 def crossover(args: argparse.Namespace, head_dim_s: int, head_dim_t: int) -> None:
     for num_tokens in range(64, 257, 32):
         operands = problem_operands(args, num_tokens, head_dim_s, head_dim_t)
-        problem = fused.problem(operands)
+        problem = triton_backend.problem(operands)
         step_ms = {}
         for tile in (tiles.default(problem), tiles.default_tiled(problem)):
             if not is_right(operands, tile):
                 sys.exit(f"wrong: {tile}")
-            step = partial(fused.run, operands, tile)
+            step = partial(triton_backend.run, operands, tile)
             step_ms[tile.kernel] = triton.testing.do_bench(step, return_mode="median")
         times = ", ".join(f"{kernel} {1e3 * ms:.0f} us" for kernel, ms in step_ms.items())
         print(f"N={num_tokens} D_s={head_dim_s} D_t={head_dim_t} {args.dtype}: {times}")
@@ -76,12 +76,14 @@ def crossover(args: argparse.Namespace, head_dim_s: int, head_dim_t: int) -> Non
 
 def best_tile(operands: Operands) -> tuple[float, tiles.TileConfig]:
     times = []
-    for tile in tiles.candidates(fused.problem(operands)):
+    for tile in tiles.candidates(triton_backend.problem(operands)):
         try:
             if not is_right(operands, tile):
                 print(f"wrong: {tile}", file=sys.stderr)
                 continue
-            step_ms = triton.testing.do_bench(lambda tile=tile: fused.run(operands, tile), return_mode="median")
+            step_ms = triton.testing.do_bench(
+                lambda tile=tile: triton_backend.run(operands, tile), return_mode="median"
+            )
         except (triton.runtime.errors.OutOfResources, triton.compiler.errors.CompilationError) as error:
             print(f"does not fit: {tile}: {error}", file=sys.stderr)
             continue
@@ -110,7 +112,7 @@ def main() -> None:
         for head_dim_s, head_dim_t in head_dims:
             operands = problem_operands(args, num_tokens, head_dim_s, head_dim_t)
             step_ms, tile = best_tile(operands)
-            print(f"    {fused.problem(operands)}: {tile},  # {1e3 * step_ms:.0f} us")
+            print(f"    {triton_backend.problem(operands)}: {tile},  # {1e3 * step_ms:.0f} us")
 
 
 if __name__ == "__main__":

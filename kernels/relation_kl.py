@@ -5,12 +5,12 @@ import math
 import torch
 from torch import Tensor
 
-from tinymim_fast.kernels import chunked, fused, reference
+from tinymim_fast.kernels import chunked, reference, triton_backend
 
 REDUCTIONS = ("none", "mean", "sum")
 
 # Each computes the row losses and writes the student's gradient, with the functions of chunked.
-FUSED = {"chunked": chunked, "triton": fused}
+FUSED = {"chunked": chunked, "triton": triton_backend}
 BACKENDS = ("auto", "reference", *FUSED)
 
 
@@ -192,8 +192,8 @@ def _empty_gradients(x_s: Tensor, y_s: Tensor, want_x: bool, want_y: bool) -> tu
 def resolve_backend(backend: str, x_s: Tensor, x_t: Tensor) -> str:
     """The fused backend that "auto" stands for; ValueError where "triton" is forced and cannot run."""
     if backend == "auto":
-        return "triton" if x_s.device.type == "cuda" and fused.why_not(x_s, x_t) is None else "chunked"
-    if backend == "triton" and (reason := fused.why_not(x_s, x_t)) is not None:
+        return "triton" if x_s.device.type == "cuda" and triton_backend.why_not(x_s, x_t) is None else "chunked"
+    if backend == "triton" and (reason := triton_backend.why_not(x_s, x_t)) is not None:
         raise ValueError(f"backend: got 'triton', {reason}; want 'auto' or 'chunked'")
     return backend
 

@@ -11,7 +11,7 @@ os.environ.setdefault(
 
 import pytest
 
-from tests_support import TEACHER
+from support.programs import TEACHER
 
 # Without a GPU, Triton kernels run in its interpreter; it reads the variable when it is imported.
 if not Path("/dev/nvidia0").exists() and not Path("/dev/kfd").exists():

@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from tests_support import TINY, run_training
+from support.programs import TINY, run_training
 from tinymim_fast.errors import EXIT_INPUT
 from tinymim_fast.evaluate import extract_features, knn_accuracy
 from tinymim_fast.models.checkpoints import ModelInfo, save_weights
 from tinymim_fast.models.vit import TappedViT, create_vit, head_layout
 
 TORCHRUN = Path(sys.executable).parent / "torchrun"
-WORKER = Path(__file__).parent / "rank_worker.py"
+WORKER = Path(__file__).parent / "support" / "rank_worker.py"
 
 
 @pytest.fixture(scope="module")

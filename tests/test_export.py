@@ -8,12 +8,13 @@ import torch
 
 pytest.importorskip("deepspeed")
 
-from tests_support import TINY, distill_flags
-from tinymim_fast import export, train, training
+from support.programs import TINY, distill_flags
+from tinymim_fast import export, train
 from tinymim_fast.config import DistillConfig, parse
 from tinymim_fast.errors import InputError
 from tinymim_fast.evaluate import evaluate_knn, knn_accuracy
 from tinymim_fast.models.checkpoints import latest_checkpoint, load_encoder, read_weights
+from tinymim_fast.training import loop as training
 
 
 @pytest.fixture(scope="module")

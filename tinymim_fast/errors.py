@@ -1,12 +1,44 @@
 """Errors that a user can mend, and the exit codes of the programs."""
 
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 EXIT_INPUT = 2  # bad flag, file or folder: nothing was written
 EXIT_NON_FINITE = 3  # the loss became NaN or Inf
 EXIT_TERMINATED = 75  # SIGTERM: saved; start the same command again to go on (EX_TEMPFAIL)
 
 
 class InputError(ValueError):
-    """A flag, file or folder that can't be used; the message names it and the way out."""
+    """An argument, file or folder that can't be used; the message names it and the way out.
+
+    Args:
+        message: what is wrong and what is wanted.
+        argument: the argument at fault, by the name that the raising function gives it; put before the message. A program puts
+            its flag in that place: see `flags`.
+    """
+
+    def __init__(self, message: str, *, argument: str | None = None):
+        super().__init__(message)
+        self.argument = argument
+
+    def __str__(self) -> str:
+        message = super().__str__()
+        return message if self.argument is None else f"{self.argument}: {message}"
+
+
+@contextmanager
+def flags(**names: str) -> Iterator[None]:
+    """Errors from inside the with block name a program's flag instead of a library's argument.
+
+    `with flags(source="--teacher-checkpoint"):` turns "source: no such file" into "--teacher-checkpoint: no such file".
+    """
+    try:
+        yield
+    except InputError as error:
+        error.argument = names.get(error.argument, error.argument)
+        raise
 
 
 class NonFiniteLossError(RuntimeError):

@@ -22,12 +22,12 @@ from pathlib import Path
 
 import torch
 
-from tinymim_fast import training
 from tinymim_fast.config import PretrainConfig, to_dict
 from tinymim_fast.engine import World
 from tinymim_fast.models.checkpoints import ModelInfo, read_weights
 from tinymim_fast.models.mae import MaskedAutoencoder
 from tinymim_fast.models.vit import create_vit, head_layout
+from tinymim_fast.training import loop as training
 
 PREFIX = "encoder."
 

@@ -23,7 +23,6 @@ from pathlib import Path
 
 import torch
 
-from tinymim_fast import training
 from tinymim_fast.config import DistillConfig, to_dict
 from tinymim_fast.engine import World
 from tinymim_fast.errors import InputError
@@ -38,6 +37,7 @@ from tinymim_fast.models.vit import (
     set_constant_drop_path,
 )
 from tinymim_fast.targets.relations import RelationDistiller
+from tinymim_fast.training import loop as training
 
 logger = logging.getLogger("tinymim_fast")
 PREFIX = "student.model."

@@ -39,7 +39,7 @@ def test_a_small_run(tmp_path, capsys):
 
 
 def test_wrong_views_get_no_number(monkeypatch, capsys):
-    from tinymim_fast.data import dali
+    from tinymim_fast.data import dali_loader as dali
 
     def brighter(image, factor):
         return np.asarray(ImageEnhance.Brightness(benchmark.Image.fromarray(image)).enhance(1.1))

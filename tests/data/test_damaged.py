@@ -14,8 +14,8 @@ import safetensors
 import torch
 from PIL import Image
 
-from tests_support import PACKAGE, ROOT, distill_flags
-from tinymim_fast import train, training
+from support.programs import PACKAGE, ROOT, distill_flags
+from tinymim_fast import train
 from tinymim_fast.config import DistillConfig, parse
 from tinymim_fast.data import (
     DataError,
@@ -27,11 +27,12 @@ from tinymim_fast.data import (
     scan,
     scan_images,
 )
-from tinymim_fast.data.augment import draw_replacements
+from tinymim_fast.data.draws import draw_replacements
 from tinymim_fast.engine import free_port
 from tinymim_fast.errors import EXIT_INPUT, InputError
-from tinymim_fast.metrics import read_metrics
 from tinymim_fast.models.checkpoints import latest_checkpoint
+from tinymim_fast.training import loop as training
+from tinymim_fast.training.metrics import read_metrics
 
 NORMALIZE = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 DAMAGED = {

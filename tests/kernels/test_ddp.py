@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests_support import run_training
+from support.programs import run_training
 
 SCRIPT = """
 import sys

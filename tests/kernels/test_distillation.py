@@ -3,19 +3,20 @@
 import numpy as np
 import pytest
 
-from tests_support import distill_flags
-from tinymim_fast.kernels import fused, tiles
+from support.programs import distill_flags
+from tinymim_fast.kernels import tiles, triton_backend
 
 
-@pytest.mark.skipif(not fused.INTERPRETED, reason="needs TRITON_INTERPRET=1, which is for CPUs")
+@pytest.mark.skipif(not triton_backend.INTERPRETED, reason="needs TRITON_INTERPRET=1, which is for CPUs")
 def test_a_run_on_triton_is_a_run_on_chunked(world, image_folder, teacher_file, tmp_path, monkeypatch):
-    from tinymim_fast import train, training
+    from tinymim_fast import train
     from tinymim_fast.config import DistillConfig, parse
-    from tinymim_fast.metrics import read_metrics
+    from tinymim_fast.training import loop as training
+    from tinymim_fast.training.metrics import read_metrics
 
     # As fp16 and bf16 get it on a GPU; the interpreter takes it for fp32 too.
     tile = tiles.TileConfig(kernel="single_pass", block_queries=16, block_keys=32, num_warps=1)
-    monkeypatch.setattr(fused, "choose_tile", lambda operands: tile)
+    monkeypatch.setattr(triton_backend, "choose_tile", lambda operands: tile)
     curves = {}
     for backend in ("chunked", "triton"):
         flags = distill_flags(

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from relation_support import assert_relation_kl_as_exact, inputs, log_relations, loss_and_grads, pytorch_kl
-from tests_support import given, settings, st
+from support.programs import given, settings, st
+from support.relations import assert_relation_kl_as_exact, inputs, log_relations, loss_and_grads, pytorch_kl
 from tinymim_fast.kernels import chunked, reference, relation_kl
 from tinymim_fast.kernels.relation_kl import scaled
 

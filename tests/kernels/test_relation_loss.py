@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from relation_support import assert_relation_loss_as_exact, heads_of, loss_and_grad, packed, pytorch_loss
+from support.relations import assert_relation_loss_as_exact, heads_of, loss_and_grad, packed, pytorch_loss
 from tinymim_fast.kernels import RelationLoss, relation_kl, relation_loss
 
 BACKENDS = ["reference", "chunked"]

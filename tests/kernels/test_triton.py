@@ -10,7 +10,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from relation_support import (
+from support.programs import given, settings, st
+from support.relations import (
     assert_relation_kl_as_exact,
     assert_relation_loss_as_exact,
     inputs,
@@ -18,13 +19,14 @@ from relation_support import (
     loss_and_grads,
     packed,
 )
-from tests_support import given, settings, st
-from tinymim_fast.kernels import RelationLoss, fused, relation_kl, relation_loss, tiles
+from tinymim_fast.kernels import RelationLoss, relation_kl, relation_loss, tiles, triton_backend
 from tinymim_fast.kernels.relation_kl import resolve_backend
 
 GPU = torch.cuda.is_available()
 needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(not GPU, reason="needs a CUDA device")]
-needs_interpreter = pytest.mark.skipif(not fused.INTERPRETED, reason="needs TRITON_INTERPRET=1, which is for CPUs")
+needs_interpreter = pytest.mark.skipif(
+    not triton_backend.INTERPRETED, reason="needs TRITON_INTERPRET=1, which is for CPUs"
+)
 PLACES = [
     *(pytest.param(("cpu", d), marks=needs_interpreter, id=f"cpu-{d}") for d in (torch.float32, torch.float16)),
     *(
@@ -64,17 +66,17 @@ def force(monkeypatch, kernel):
 
     def tile(operands):
         if kernel == "single_pass":
-            problem = fused.problem(operands)
-            if not fused.INTERPRETED and (tile := tiles.choose(problem)).kernel == kernel:
+            problem = triton_backend.problem(operands)
+            if not triton_backend.INTERPRETED and (tile := tiles.choose(problem)).kernel == kernel:
                 return tile
-            if not fused.INTERPRETED:
+            if not triton_backend.INTERPRETED:
                 pytest.skip(f"is tiled here: {problem}")
             return tiles.TileConfig(
                 kernel=kernel, block_queries=64, block_keys=problem.bucket, num_warps=8, key_groups=2
             )
         return tiles.TileConfig(kernel=kernel, block_queries=64, block_keys=64, num_warps=4)
 
-    monkeypatch.setattr(fused, "choose_tile", tile)
+    monkeypatch.setattr(triton_backend, "choose_tile", tile)
 
 
 @pytest.fixture(params=KERNELS)
@@ -110,7 +112,7 @@ def test_shapes(shape, place_of_kernel, assert_as_exact, poisoned):
 def test_long_shapes(shape, place, monkeypatch, assert_as_exact, poisoned):
     if place[0] == "cpu":  # the interpreter's time is the number of tiles
         tile = tiles.TileConfig(kernel="tiled", block_queries=128, block_keys=128, num_warps=4)
-        monkeypatch.setattr(fused, "choose_tile", lambda operands: tile)
+        monkeypatch.setattr(triton_backend, "choose_tile", lambda operands: tile)
     assert_relation_kl_as_exact(assert_as_exact, on(place, inputs(shape)), place[1], "triton")
 
 
@@ -136,9 +138,9 @@ def test_packed_relations(relations, place_of_kernel, assert_as_exact, poisoned)
 
 def test_qk_and_vv_are_one_launch(monkeypatch):
     launches = []
-    monkeypatch.setattr(fused.Launch, "run", lambda launch: launches.append(launch))
+    monkeypatch.setattr(triton_backend.Launch, "run", lambda launch: launches.append(launch))
     qkv_s, qkv_t = packed((2, 20, 3, 16, 16), torch.float16)
-    monkeypatch.setattr(fused, "INTERPRETED", True)
+    monkeypatch.setattr(triton_backend, "INTERPRETED", True)
     relation_loss(qkv_s.requires_grad_(), qkv_t, relation_heads=3, backend="triton")
     # The second, for rows that need their maximum, returns at once where there are none.
     assert [launch.arguments["EXACT"] for launch in launches] == [False, True]
@@ -283,10 +285,12 @@ def test_flags_mark_rows_that_need_their_maximum(monkeypatch):
     force(monkeypatch, "single_pass")
     x_s, y_s, x_t, y_t = inputs((1, 3, 33, 16, 64))
     x_t[:, 1] *= 40
-    operands = fused.Operands(x_s=x_s, y_s=y_s, x_t=x_t, y_t=y_t, d_x=None, d_y=None, scale_s=0.25, scale_t=0.125)
-    if not fused.INTERPRETED:
+    operands = triton_backend.Operands(
+        x_s=x_s, y_s=y_s, x_t=x_t, y_t=y_t, d_x=None, d_y=None, scale_s=0.25, scale_t=0.125
+    )
+    if not triton_backend.INTERPRETED:
         pytest.skip("reads the flags of a launch on the CPU")
-    _, launches = fused.plan(operands, fused.choose_tile(operands))
+    _, launches = triton_backend.plan(operands, triton_backend.choose_tile(operands))
     launches[0].run()
     assert launches[0].arguments["flags_ptr"].tolist() == [0, 1, 0]
 
@@ -360,11 +364,11 @@ def test_no_map_in_memory(kernel):
 
     x_s, y_s, x_t, y_t = inputs((num_images, num_heads, num_tokens, 2, 2), torch.float16)
     weights = torch.ones(num_images, num_heads, num_tokens)
-    operands = fused.Operands(
+    operands = triton_backend.Operands(
         x_s=x_s, y_s=y_s, x_t=x_t, y_t=y_t, d_x=x_s, d_y=y_s, weights=weights, scale_s=1.0, scale_t=1.0
     )
     with Allocations():
-        fused.plan(operands, fused.choose_tile(operands))
+        triton_backend.plan(operands, triton_backend.choose_tile(operands))
     assert sizes and max(sizes) <= 4 * num_images * num_heads * num_tokens
 
 
@@ -441,19 +445,19 @@ def test_packed_relations_inside_autocast(place, assert_as_exact):
 
 def test_why_it_cannot_run(monkeypatch):
     tensors = inputs((1, 2, 5, 4, 4))
-    monkeypatch.setattr(fused, "INTERPRETED", False)
+    monkeypatch.setattr(triton_backend, "INTERPRETED", False)
     with pytest.raises(
         ValueError, match=r"^backend: got 'triton', on cpu; it runs on CUDA and ROCm .*TRITON_INTERPRET"
     ):
         relation_kl(*tensors, backend="triton")
     with pytest.raises(ValueError, match=r"^backend: got 'triton', on cpu"):
         RelationLoss(1, backend="triton")(*packed((1, 5, 1, 4, 4)))
-    monkeypatch.setattr(fused, "INTERPRETED", True)
+    monkeypatch.setattr(triton_backend, "INTERPRETED", True)
     with pytest.raises(ValueError, match=r"^backend: got 'triton', on torch.float64; it takes fp32, fp16 and bf16"):
         relation_kl(*(z.double() for z in tensors), backend="triton")
     with pytest.raises(ValueError, match=r"^backend: got 'triton', on heads of width 129; it takes at most 128"):
         relation_kl(*inputs((1, 1, 5, 129, 4)), backend="triton")
-    monkeypatch.setattr(fused, "HAS_TRITON", False)
+    monkeypatch.setattr(triton_backend, "HAS_TRITON", False)
     with pytest.raises(ValueError, match=r"^backend: got 'triton', but triton is not installed"):
         relation_kl(*tensors, backend="triton")
 
@@ -478,8 +482,8 @@ def test_every_problem_has_a_tile():
 def test_strides_beyond_32_bits_are_tiled():
     """The single pass adds 32-bit offsets within a head; on "meta", as nothing so large fits here."""
     x = torch.empty_strided((1, 1, 200, 16), (0, 0, 2**24, 1), dtype=torch.float16, device="meta")
-    operands = fused.Operands(x_s=x, y_s=x, x_t=x, y_t=x, d_x=None, d_y=None, scale_s=1.0, scale_t=1.0)
-    assert fused.choose_tile(operands).kernel == "tiled"
+    operands = triton_backend.Operands(x_s=x, y_s=x, x_t=x, y_t=x, d_x=None, d_y=None, scale_s=1.0, scale_t=1.0)
+    assert triton_backend.choose_tile(operands).kernel == "tiled"
 
 
 @needs_interpreter
@@ -504,18 +508,18 @@ def test_rocm_is_dispatched_to_triton_without_ptx(monkeypatch):
     monkeypatch.setattr(torch.version, "hip", "6.4")
     properties = SimpleNamespace(gcnArchName="gfx942:sramecc+:xnack-", major=9, minor=4)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    fused._arch.cache_clear()
+    triton_backend._arch.cache_clear()
     try:
         with FakeTensorMode():
             x = torch.empty(2, 3, 197, 16, dtype=torch.bfloat16, device="cuda")
             assert resolve_backend("auto", x, x) == "triton"
-            operands = fused.Operands(x_s=x, y_s=x, x_t=x, y_t=x, d_x=x, d_y=x, scale_s=1.0, scale_t=1.0)
-            assert fused.problem(operands).arch == "gfx942"
-            _, launches = fused.plan(operands, fused.choose_tile(operands))
+            operands = triton_backend.Operands(x_s=x, y_s=x, x_t=x, y_t=x, d_x=x, d_y=x, scale_s=1.0, scale_t=1.0)
+            assert triton_backend.problem(operands).arch == "gfx942"
+            _, launches = triton_backend.plan(operands, triton_backend.choose_tile(operands))
         assert not any(launch.arguments["PTX"] for launch in launches)
         assert {launch.arguments["PRECISION_S"] for launch in launches} == {"ieee"}
     finally:
-        fused._arch.cache_clear()
+        triton_backend._arch.cache_clear()
 
 
 @pytest.mark.gpu

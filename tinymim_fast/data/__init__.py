@@ -1,9 +1,9 @@
 """Data: index of images, reproducible augmentation, and loaders that apply it with DALI or torchvision."""
 
+from tinymim_fast.data.drawn_images import draw_sample_folder
 from tinymim_fast.data.errors import DataError
 from tinymim_fast.data.index import ImageIndex, find_images, scan_images
 from tinymim_fast.data.loader import EvalLoader, TrainLoader, build_eval_loader, build_loader
-from tinymim_fast.data.sample import draw_sample_folder
 
 __all__ = [
     "DataError",

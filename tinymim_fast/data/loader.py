@@ -224,7 +224,7 @@ def _backend(loader, device, workers, prefetch, mean, std, dtype, dali_kwargs) -
         raise DataError(f'got --loader {loader}, want "auto" or one of {", ".join(_NEEDS)}')
     if not _is_installed(_NEEDS[loader]):
         raise DataError(f"got --loader {loader}, which needs {_NEEDS[loader]}; install it or pass --loader auto")
-    name = {"dali": "dali", "torchvision": "torchvision_loader"}[loader]
+    name = {"dali": "dali_loader", "torchvision": "torchvision_loader"}[loader]
     options = {"device": device, "workers": workers, "prefetch": prefetch, "mean": mean, "std": std, "dtype": dtype}
     if loader == "dali":
         options["dali_kwargs"] = dali_kwargs

@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from tinymim_fast.data.augment import epoch_order
+from tinymim_fast.data.draws import epoch_order
 from tinymim_fast.data.errors import DataError
 from tinymim_fast.data.headers import decode_rgb
 from tinymim_fast.data.index import (

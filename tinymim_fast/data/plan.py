@@ -7,7 +7,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from tinymim_fast.data.augment import TwoViewParams, draw_replacements, draw_two_view_params, epoch_order
+from tinymim_fast.data.draws import TwoViewParams, draw_replacements, draw_two_view_params, epoch_order
 from tinymim_fast.data.errors import DataError, name_some
 from tinymim_fast.data.index import ImageIndex
 

@@ -3,7 +3,7 @@ import pytest
 from PIL import Image
 
 from tinymim_fast.data import DataError, draw_sample_folder
-from tinymim_fast.data.sample import SAMPLE_CLASSES, draw_picture
+from tinymim_fast.data.drawn_images import SAMPLE_CLASSES, draw_picture
 
 SMALL = {"num_train_per_class": 2, "num_val_per_class": 1, "size": 32, "seed": 3}
 
@@ -49,7 +49,7 @@ def test_foreign_folder_is_left_alone(tmp_path):
 
 
 def test_interrupted_drawing_leaves_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr("tinymim_fast.data.sample.draw_picture", lambda *_: 1 / 0)
+    monkeypatch.setattr("tinymim_fast.data.drawn_images.draw_picture", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         draw_sample_folder(tmp_path / "sample", **SMALL)
     assert list(tmp_path.iterdir()) == []

@@ -35,8 +35,8 @@ from tinymim_fast.errors import (
     NonFiniteLossError,
     Terminated,
 )
-from tinymim_fast.metrics import Recorder, plot_curves, read_metrics
 from tinymim_fast.models.checkpoints import ModelInfo, latest_checkpoint, save_weights
+from tinymim_fast.training.metrics import Recorder, plot_curves, read_metrics
 
 logger = logging.getLogger("tinymim_fast")
 CONFIG = "config.yaml"

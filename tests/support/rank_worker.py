@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from tinymim_fast import engine, evaluate, train, training
+from tinymim_fast import engine, evaluate, train
 from tinymim_fast.config import DistillConfig, parse
 from tinymim_fast.errors import Terminated
+from tinymim_fast.training import loop as training
 
 FIRST_GREY, GREY_STEP = 20, 9  # of `numbered_images`, in units of 0..255
 

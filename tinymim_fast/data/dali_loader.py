@@ -20,7 +20,7 @@ from nvidia.dali import Pipeline, pipeline_def
 from nvidia.dali.pipeline import do_not_convert
 from PIL import Image, ImageEnhance
 
-from tinymim_fast.data.augment import BRIGHTNESS, CONTRAST
+from tinymim_fast.data.draws import BRIGHTNESS, CONTRAST
 from tinymim_fast.data.errors import DataError, ImageError, name_some
 from tinymim_fast.data.plan import EvalPlan, TrainPlan
 

@@ -4,7 +4,7 @@ import math
 import numpy as np
 import pytest
 
-from tinymim_fast.data.augment import draw_two_view_params, epoch_order, uniforms
+from tinymim_fast.data.draws import draw_two_view_params, epoch_order, uniforms
 
 NUM_DRAWS = 4000
 SETTINGS = {"scale": (0.2, 1.0), "ratio": (3 / 4, 4 / 3), "hflip": 0.5, "color_jitter": (0.4, 0.4, 0.4)}

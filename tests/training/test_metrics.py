@@ -1,7 +1,7 @@
 import json
 import math
 
-from tinymim_fast.metrics import Recorder, plot_curves, read_metrics
+from tinymim_fast.training.metrics import Recorder, plot_curves, read_metrics
 
 
 def record(step, loss=0.5):

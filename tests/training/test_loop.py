@@ -16,15 +16,15 @@ from PIL import Image
 pytest.importorskip("deepspeed")
 
 import tinymim_fast.training as training
-from rank_worker import FIRST_GREY, GREY_STEP, train_and_record
-from tests_support import DEEPSPEED, PACKAGE, TINY, distill_flags, run_training, start_training
+from support.programs import DEEPSPEED, PACKAGE, ROOT, TINY, distill_flags, run_training, start_training
+from support.rank_worker import FIRST_GREY, GREY_STEP, train_and_record
 from tinymim_fast import pretrain, train
 from tinymim_fast.config import DistillConfig, PretrainConfig, parse
 from tinymim_fast.engine import free_port
 from tinymim_fast.errors import EXIT_INPUT, EXIT_NON_FINITE, EXIT_TERMINATED, InputError, NonFiniteLossError
-from tinymim_fast.metrics import read_metrics
 from tinymim_fast.models.checkpoints import latest_checkpoint, read_weights
 from tinymim_fast.models.vit import create_vit, init_mae_style
+from tinymim_fast.training.metrics import read_metrics
 
 
 def distil(world, *flags):
@@ -424,7 +424,7 @@ def test_a_run_continues_on_other_numbers_of_ranks(world, numbered_images, teach
             train_and_record(world, tmp_path / "records", stop_at, flags("moved", **changes))
             continue
         code, output = run_training(
-            *[torchrun, "--standalone", f"--nproc-per-node={num_ranks}", Path(__file__).parent / "rank_worker.py"],
+            *[torchrun, "--standalone", f"--nproc-per-node={num_ranks}", ROOT / "tests" / "support" / "rank_worker.py"],
             *["train", tmp_path / "records", stop_at, *flags("moved", **changes)],
         )
         assert code == 0, output

@@ -25,7 +25,7 @@ except ImportError:  # on a GPU machine without it, the tests beside the propert
 
     st = Mock()
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 PACKAGE = ROOT / "tinymim_fast"
 # A student and a teacher that train in seconds: 32-pixel images, 16 patches.
 TINY = {"patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3}

@@ -1,0 +1,60 @@
+"""What is made of an image before a model sees it: frozen, and passed whole from the configuration to the loader."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainView:
+    """A random resized crop with a random flip, normalised; and, with `color_jitter`, the same crop jittered as a second view.
+
+    Args:
+        img_size: side of the views, pixels.
+        scale: range of the crop's share of the area.
+        ratio: range of the crop's width / height, before resizing.
+        hflip: probability of a horizontal flip of both views.
+        color_jitter: brightness, contrast and saturation strengths of the second view, as in torchvision's ColorJitter; None
+            for one view.
+        mean: per channel, of 1.
+        std: per channel, of 1.
+        dtype: float32 or float16.
+    """
+
+    img_size: int
+    scale: tuple[float, float] = (0.2, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    hflip: float = 0.5
+    color_jitter: tuple[float, float, float] | None = (0.4, 0.4, 0.4)
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def num_views(self) -> int:
+        """Views of each image: 2 with colour jitter, else 1."""
+        return 1 if self.color_jitter is None else 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalView:
+    """The short side resized (bicubic, antialiased), the centre cropped, normalised.
+
+    Args:
+        img_size: side of the crop, pixels.
+        resize_size: length of the short side after resizing, pixels; at least `img_size`.
+        mean: per channel, of 1.
+        std: per channel, of 1.
+        dtype: float32 or float16.
+    """
+
+    img_size: int
+    resize_size: int
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+    dtype: torch.dtype = torch.float32

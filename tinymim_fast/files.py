@@ -1,0 +1,95 @@
+"""Whole or not at all: a file or folder has its name only when all of it is on the disk.
+
+It is made under a temporary name beside the target (`tmp_*`, on the same file system), synced, renamed, and the folder that
+holds it is synced, so that neither a kill nor a power cut leaves half of it under its name.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+PREFIX = "tmp_"
+
+
+@contextmanager
+def whole_file(path: str | Path) -> Iterator[Path]:
+    """A temporary path to write to, with the target's suffix; it becomes `path` at the end of the with block.
+
+    An exception inside leaves `path` as it was.
+
+    Raises:
+        OSError: the file can't be written.
+    """
+    path = Path(path)
+    temporary = _beside(path)
+    try:
+        yield temporary
+        _sync(temporary)
+        os.replace(temporary, path)
+        _sync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_folder(path: str | Path) -> Iterator[Path]:
+    """An empty temporary folder to fill; it becomes `path`, which must not exist or be empty, at the end of the with block.
+
+    An exception inside leaves nothing behind.
+
+    Raises:
+        OSError: the folder can't be written, or `path` holds something.
+    """
+    path = Path(path)
+    temporary = _beside(path)
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        for folder, _, names in os.walk(temporary):
+            for name in names:
+                _sync(os.path.join(folder, name))
+            _sync(folder)
+        os.rename(temporary, path)
+        _sync(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """`text` as the whole content of `path`, in UTF-8.
+
+    Raises:
+        OSError: the file can't be written.
+    """
+    with whole_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def remove_unfinished(folder: str | Path) -> None:
+    """Remove what killed processes left in `folder` under temporary names; nobody may be writing there.
+
+    Raises:
+        OSError: something can't be removed.
+    """
+    for path in Path(folder).glob(PREFIX + "*"):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f"{PREFIX}{secrets.token_hex(4)}_{path.name}")
+
+
+def _sync(path: str | Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
