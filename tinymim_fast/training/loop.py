@@ -86,7 +86,7 @@ def main(
         config = parse(kind, sys.argv[1:] if argv is None else argv, prog)
         world = engines.start()
         try:
-            with flags(batches="--train-batch-size", **{name: f"--{name.replace('_', '-')}" for name in vars(config)}):
+            with flags(**{name: f"--{name.replace('_', '-')}" for name in vars(config)}):
                 train(config, world, build_task)
         finally:
             engines.stop()
@@ -129,18 +129,21 @@ def train(config: RunConfig, world: World, build_task: Callable[[Any, World, Pat
         dtype=torch.float16 if config.bf16 and world.device.type == "cuda" else torch.float32,
     )
     bad_files = BadFiles(index, config.max_bad_files)
-    with build_loader(
-        index,
-        view,
-        BatchPlan(micro_batch_size=micro, accumulation_steps=accum, world_size=world.world_size),
-        loader=config.loader,
-        seed=config.seed,
-        rank=world.rank,
-        device=world.device,
-        workers=config.workers,
-        bad_files=bad_files,
-        dali_kwargs=config.dali_kwargs,
-    ) as loader:
+    with (
+        flags(batches="--train-batch-size"),
+        build_loader(
+            index,
+            view,
+            BatchPlan(micro_batch_size=micro, accumulation_steps=accum, world_size=world.world_size),
+            loader=config.loader,
+            seed=config.seed,
+            rank=world.rank,
+            device=world.device,
+            workers=config.workers,
+            bad_files=bad_files,
+            dali_kwargs=config.dali_kwargs,
+        ) as loader,
+    ):
         engine = Engine(task.model, config, world, lr_schedule(config, loader.steps_per_epoch))
         start_step = 0
         seed_rank(config.seed, start_step, world.rank)
