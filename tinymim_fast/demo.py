@@ -87,14 +87,14 @@ def tell_story(stages: Stages, out: Path, log: Path) -> None:
         InputError: the folder can't be used, or holds something else.
         subprocess.CalledProcessError: a training program failed.
     """
-    from tinymim_fast.data import draw_sample_folder
+    from tinymim_fast.data import draw_image_folder
     from tinymim_fast.evaluate import evaluate_knn
     from tinymim_fast.export import export
 
     images, teacher, student, exported = (out / name for name in ("images", "teacher", "student", "export"))
     stages.begin("drawing images of 16 classes")
     if not images.exists():
-        draw_sample_folder(images, num_train_per_class=200, num_val_per_class=50, size=96, seed=0)
+        draw_image_folder(images, num_train_per_class=200, num_val_per_class=50, size=96, seed=0)
     stages.end(f"{len(list(images.glob('train/*/*')))} to train on, {len(list(images.glob('val/*/*')))} to test with")
 
     stages.begin("pre-training the teacher, a masked autoencoder")
@@ -185,6 +185,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     out = parser.parse_args(argv).output_dir.resolve()
     log, began = out / "demo.log", time.monotonic()
     try:
+<<<<<<< HEAD
         try:
             out.mkdir(parents=True, exist_ok=True)
             log.touch()
@@ -192,6 +193,26 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise InputError(f"{out}: can't be written: {error}", argument="--output-dir") from error
         print(f"Everything goes to {out}, what the programs say to {log}\n", flush=True)
         tell_story(Stages(), out, log)
+=======
+        if not images.exists():
+            print(f"drawing images into {images}", flush=True)
+            draw_image_folder(images, num_train_per_class=200, num_val_per_class=50, size=96, seed=0)
+        launch("pretrain.py", "demo_teacher", f"--data-path={images}", f"--output-dir={teacher}")
+        launch(
+            "train.py",
+            "demo_student",
+            f"--data-path={images}",
+            f"--teacher-checkpoint={teacher}",
+            f"--output-dir={student}",
+        )
+        if not exported.exists():
+            export(str(student), exported)
+        rows = [
+            ("teacher (masked autoencoder)", evaluate_knn(str(teacher), str(images))),
+            ("student, distilled", evaluate_knn(str(exported), str(images))),
+            ("the same student, untrained", evaluate_knn(str(exported), str(images), untrained=True)),
+        ]
+>>>>>>> main
     except InputError as error:
         print(f"\ndemo: {error}", file=sys.stderr)
         return EXIT_INPUT
