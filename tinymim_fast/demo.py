@@ -31,15 +31,19 @@ class Stages:
 
     def begin(self, what: str) -> None:
         self._number += 1
+        self._quarters = 0
         self._line, self._began = f"[{self._number}/{NUM_STAGES}] {what}", time.monotonic()
         print(self._line, end=" ... " if self._live else "\n", flush=True)
 
     def progress(self, done: int, total: int, loss: str) -> None:
-        """A bar on a terminal; elsewhere nothing, so that a log has no bars in it."""
+        """A bar on a terminal; elsewhere a line a quarter, so that a log is not full of bars."""
+        where = f"step {done}/{total}, loss {loss}"
         if self._live:
             filled = 20 * done // total
-            bar = "#" * filled + "." * (20 - filled)
-            print(f"\r\033[K{self._line}  [{bar}] step {done}/{total}, loss {loss}", end="", flush=True)
+            print(f"\r\033[K{self._line}  [{'#' * filled:.<20}] {where}", end="", flush=True)
+        elif 4 * done // total > self._quarters:
+            self._quarters = 4 * done // total
+            print(f"      {where}", flush=True)
 
     def end(self, result: str = "") -> None:
         start = f"\r\033[K{self._line}: " if self._live else "      "
@@ -185,7 +189,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     out = parser.parse_args(argv).output_dir.resolve()
     log, began = out / "demo.log", time.monotonic()
     try:
-<<<<<<< HEAD
         try:
             out.mkdir(parents=True, exist_ok=True)
             log.touch()
@@ -193,26 +196,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise InputError(f"{out}: can't be written: {error}", argument="--output-dir") from error
         print(f"Everything goes to {out}, what the programs say to {log}\n", flush=True)
         tell_story(Stages(), out, log)
-=======
-        if not images.exists():
-            print(f"drawing images into {images}", flush=True)
-            draw_image_folder(images, num_train_per_class=200, num_val_per_class=50, size=96, seed=0)
-        launch("pretrain.py", "demo_teacher", f"--data-path={images}", f"--output-dir={teacher}")
-        launch(
-            "train.py",
-            "demo_student",
-            f"--data-path={images}",
-            f"--teacher-checkpoint={teacher}",
-            f"--output-dir={student}",
-        )
-        if not exported.exists():
-            export(str(student), exported)
-        rows = [
-            ("teacher (masked autoencoder)", evaluate_knn(str(teacher), str(images))),
-            ("student, distilled", evaluate_knn(str(exported), str(images))),
-            ("the same student, untrained", evaluate_knn(str(exported), str(images), untrained=True)),
-        ]
->>>>>>> main
     except InputError as error:
         print(f"\ndemo: {error}", file=sys.stderr)
         return EXIT_INPUT
