@@ -149,7 +149,8 @@ def device_section(losses: list[Row], steps: list[Row]) -> str:
         models = {"compile": "compiled models", "eager": "eager models"}[step["models"]]
         how += (
             f" Step: images/s of whole distillation steps on random images, {step['dtype']}, batch "
-            f"{step['batch_size']}, {models}; {step['date']}, commit {step['commit']}: `python benchmarks/train_step.py`."
+            f"{step['batch_size']}, {models}; {step['date']}, commit {step['commit']}: "
+            "`python benchmarks/train_step.py`."
         )
     return _paragraph_and_table(how, table)
 
@@ -174,8 +175,9 @@ def loading_section(rows: list[Row]) -> str:
     how = (
         f"**Loading on {first['device']}, {first['num_workers']} workers**: from JPEGs of "
         f"{float(first['kib_per_image']):.0f} KiB to normalised 224-pixel views, batch {first['batch_size']}, in the "
-        "page cache, and how many times what torchvision gives as its users write it. Medians of interleaved repeats; our "
-        f"views are first held against PIL's. {first['date']}, commit {first['commit']}: `python benchmarks/data_loading.py`."
+        "page cache, and how many times what torchvision gives as its users write it. Medians of interleaved repeats; "
+        f"our views are first held against PIL's. {first['date']}, commit {first['commit']}: "
+        "`python benchmarks/data_loading.py`."
     )
     return _paragraph_and_table(how, table)
 
