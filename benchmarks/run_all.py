@@ -202,7 +202,7 @@ def parts_of(mode: str, cuda: bool, data_path: str) -> list[Part]:
         ),
         benchmark(
             "plot",
-            *("{out}/relation_loss*.csv", "--output-dir", "{out}"),
+            *("{out}/*.csv", "--output-dir", "{out}"),
             name="pictures",
             needs=[*needs, "module:matplotlib", "result:relation_loss.csv"],
             limit_s=60,
