@@ -6,6 +6,8 @@ Compared are the working tree's figures and those of the last revision, on the f
 deliberate regression is accepted by a line in benchmarks/NOTES.md that the predecessor does not have:
 
 Aot-accept: REASON
+
+Reports of different Triton versions are not compared: what another compiler makes of the same kernels is no regression of theirs.
 """
 
 import csv
@@ -77,6 +79,11 @@ def compare(before: list[Row], after: list[Row]) -> tuple[list[Regression], list
     return regressions, vanished
 
 
+def made_with(rows: list[Row]) -> str:
+    """The Triton version of a report; all before the column was there were made with 3.6.0."""
+    return rows[0].get("triton", "3.6.0") if rows else ""
+
+
 def table(regressions: list[Regression]) -> str:
     cells = [("problem", "kernel", "figure", "before", "after")]
     cells += [(r.problem, r.kernel, r.figure, r.before, r.after) for r in regressions]
@@ -112,11 +119,15 @@ def check(root: Path = ROOT) -> tuple[str, list[str]]:
     """The table of what got worse and was not accepted, empty if nothing; and the rows that vanished.
 
     Raises:
-        NoPredecessor: there is nothing to compare with.
+        NoPredecessor: there is nothing to compare with, or another Triton made it.
     """
     revision = predecessor(root)
-    before = _git(root, "show", f"{revision}:{REPORT}")
-    regressions, vanished = compare(_read(before), _read((root / REPORT).read_text()))
+    before, after = _read(_git(root, "show", f"{revision}:{REPORT}")), _read((root / REPORT).read_text())
+    if made_with(before) != made_with(after):
+        raise NoPredecessor(
+            f"{REPORT} was made with Triton {made_with(before)} in {revision[:12]}, now with {made_with(after)}"
+        )
+    regressions, vanished = compare(before, after)
     if regressions and not _accepted(root, revision):
         head = f"{REPORT}: worse than in {revision[:12]}"
         way_out = f'If that is meant to be, say why in {NOTES}, in a new line "{ACCEPT} REASON".'

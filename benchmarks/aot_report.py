@@ -73,7 +73,7 @@ SHAPES = [
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One line of the report; empty where the target's tools do not tell."""
+    """One line of the report; empty where the target's tools do not tell. `triton` is the version that compiled it."""
 
     target: str
     num_tokens: int
@@ -97,6 +97,7 @@ class Row:
     mufu_per_element: float | str = ""
     instructions_per_element: float | str = ""
     issue_us: float | str = ""
+    triton: str = triton.__version__
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tinymim_fast.data import draw_sample_folder
-from tinymim_fast.engine import free_port
+from tinymim_fast.distributed import free_port
 from tinymim_fast.errors import EXIT_INPUT, InputError
 from tinymim_fast.evaluate import evaluate_knn
 from tinymim_fast.export import export

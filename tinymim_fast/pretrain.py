@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 from tinymim_fast.config import PretrainConfig, to_dict
-from tinymim_fast.engine import World
+from tinymim_fast.distributed import World
 from tinymim_fast.models.checkpoints import ModelInfo, read_weights
 from tinymim_fast.models.mae import MaskedAutoencoder
 from tinymim_fast.models.vit import create_vit, head_layout

@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 
 from tinymim_fast.config import DistillConfig, to_dict
-from tinymim_fast.engine import World
+from tinymim_fast.distributed import World
 from tinymim_fast.errors import InputError
 from tinymim_fast.models.checkpoints import ModelInfo, load_encoder, load_state, read_weights
 from tinymim_fast.models.vit import (

@@ -27,6 +27,7 @@ ROW = {
     "mufu_per_element": "2.14",
     "instructions_per_element": "23.9",
     "issue_us": "132.0",
+    "triton": "3.6.0",
 }
 EXACT = {**ROW, "kernel": "single_pass_exact", "instructions_per_element": "33.0", "issue_us": "0.1"}
 AMD = {
@@ -150,6 +151,19 @@ def test_history(repository):
     assert "165.0   190.0" in aot_guard.check(root)[0]  # what was accepted once does not cover the next
     repository.commit(accepted, issue_us="120")
     assert aot_guard.check(root) == ("", [])
+
+
+def test_another_triton_is_not_compared(repository):
+    repository.commit()
+    repository.commit(issue_us="190.0", triton="3.7.0")
+    with pytest.raises(aot_guard.NoPredecessor, match=r"made with Triton 3\.6\.0 in .*, now with 3\.7\.0"):
+        aot_guard.check(repository.root)
+    repository.commit(issue_us="200.0", triton="3.7.0")
+    assert "190.0   200.0" in aot_guard.check(repository.root)[0]
+
+
+def test_reports_before_the_column_were_made_with_one_triton():
+    assert aot_guard.made_with([{"target": "sm_90"}]) == aot_guard.made_with([ROW]) == "3.6.0"
 
 
 def test_a_merge_is_compared_with_its_first_parent(repository):

@@ -28,7 +28,7 @@ from tinymim_fast.data import (
     scan_images,
 )
 from tinymim_fast.data.draws import draw_replacements
-from tinymim_fast.engine import free_port
+from tinymim_fast.distributed import free_port
 from tinymim_fast.errors import EXIT_INPUT, InputError
 from tinymim_fast.models.checkpoints import latest_checkpoint
 from tinymim_fast.training import loop as training

@@ -7,7 +7,14 @@ import timm
 import torch
 
 from tinymim_fast.errors import InputError
-from tinymim_fast.models.checkpoints import ModelInfo, load_encoder, read_weights, save_weights
+from tinymim_fast.models.checkpoints import (
+    ModelInfo,
+    latest_checkpoint,
+    list_checkpoints,
+    load_encoder,
+    read_weights,
+    save_weights,
+)
 from tinymim_fast.models.vit import TappedViT, head_layout, sincos_2d
 
 SMALL = {"patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3}
@@ -199,3 +206,15 @@ def test_metadata_is_in_the_file(tmp_path):
     save_weights(tmp_path, vit.state_dict(), ModelInfo(NAME, {}, "mae", head_layout(vit)))
     state, info = read_weights(tmp_path, flag="f")
     assert info.head_layout == {"embed_dim": 48, "num_heads": [3, 3, 3]} and set(state) == set(vit.state_dict())
+
+
+def test_only_folders_named_by_a_step_that_hold_weights_are_checkpoints(tmp_path):
+    names = ("step_00000020", "step_00000020_backup", "step_backup", "step_20", "tmp_step_00000030", "step_00000040")
+    for name in names:
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+        (tmp_path / "checkpoints" / name / "model.safetensors").write_bytes(b"")
+    (tmp_path / "checkpoints" / "step_00000050").mkdir()
+    (tmp_path / "checkpoints" / "step_00000060").write_text("a file")
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["step_00000020", "step_00000040"]
+    assert latest_checkpoint(tmp_path).name == "step_00000040"
+    assert latest_checkpoint(tmp_path / "none") is None

@@ -12,6 +12,7 @@ import torch
 
 from tinymim_fast import engine, evaluate, train
 from tinymim_fast.config import DistillConfig, parse
+from tinymim_fast.distributed import World
 from tinymim_fast.errors import Terminated
 from tinymim_fast.training import loop as training
 
@@ -27,7 +28,7 @@ def numbers_seen(view: torch.Tensor, config: DistillConfig) -> list[int]:
     return number.round().int().tolist()
 
 
-def train_and_record(world: engine.World, records: Path | None, stop_at: int, flags: list[str]) -> None:
+def train_and_record(world: World, records: Path | None, stop_at: int, flags: list[str]) -> None:
     """A run that adds the numbers of the images it trains on to `records`, a line for each forward pass, and stops."""
     config = parse(DistillConfig, flags, "train.py")
 

@@ -20,7 +20,7 @@ from support.programs import DEEPSPEED, PACKAGE, ROOT, TINY, distill_flags, run_
 from support.rank_worker import FIRST_GREY, GREY_STEP, train_and_record
 from tinymim_fast import pretrain, train
 from tinymim_fast.config import DistillConfig, PretrainConfig, parse
-from tinymim_fast.engine import free_port
+from tinymim_fast.distributed import free_port
 from tinymim_fast.errors import EXIT_INPUT, EXIT_NON_FINITE, EXIT_TERMINATED, InputError, NonFiniteLossError
 from tinymim_fast.models.checkpoints import latest_checkpoint, read_weights
 from tinymim_fast.models.vit import create_vit, init_mae_style

@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import pickle
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -27,6 +28,7 @@ from tinymim_fast.errors import InputError
 from tinymim_fast.models.vit import create_vit, head_layout
 
 WEIGHTS = "model.safetensors"
+STEP_NAME = re.compile(r"step_\d{8}")
 METADATA_KEY = "tinymim_fast"
 SIZES = {(192, 12): "tiny", (384, 12): "small", (768, 12): "base", (1024, 24): "large", (1280, 32): "huge"}
 # Weights that other formats have or lack, and that neither a teacher nor a student's tap reads.
@@ -66,10 +68,19 @@ def save_weights(folder: Path, state: Mapping[str, torch.Tensor], info: ModelInf
         os.fsync(file.fileno())
 
 
+def list_checkpoints(output_dir: Path) -> list[Path]:
+    """The checkpoints of a run that hold weights, oldest first.
+
+    Those are folders named `step_` and eight digits with `model.safetensors`; a user's copies, unfinished ones and whatever else
+    lies there are none.
+    """
+    folders = (p for p in (output_dir / "checkpoints").glob("step_*") if STEP_NAME.fullmatch(p.name))
+    return sorted(p for p in folders if (p / WEIGHTS).is_file())
+
+
 def latest_checkpoint(output_dir: Path) -> Path | None:
-    """The newest complete checkpoint of a run; unfinished ones carry another name."""
-    steps = sorted((output_dir / "checkpoints").glob("step_*"))
-    return steps[-1] if steps else None
+    """The newest complete checkpoint of a run, None where there is none."""
+    return next(reversed(list_checkpoints(output_dir)), None)
 
 
 def read_weights(source: Path, *, flag: str) -> tuple[dict[str, torch.Tensor], ModelInfo | None]:

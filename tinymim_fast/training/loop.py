@@ -26,7 +26,8 @@ from tinymim_fast.config import RunConfig, differences, parse, to_yaml
 from tinymim_fast.data import ImageIndex, build_loader, find_images
 from tinymim_fast.data.errors import ImageError, name_some
 from tinymim_fast.data.loader import TrainLoader
-from tinymim_fast.engine import Engine, World
+from tinymim_fast.distributed import World, seed_rank
+from tinymim_fast.engine import Engine
 from tinymim_fast.errors import (
     EXIT_INPUT,
     EXIT_NON_FINITE,
@@ -135,7 +136,7 @@ def train(config: RunConfig, world: World, build_task: Callable[[Any, World, Pat
     ) as loader:
         engine = Engine(task.model, config, world, lr_schedule(config, loader.steps_per_epoch))
         start_step = 0
-        engines.seed_rank(config.seed, start_step, world.rank)
+        seed_rank(config.seed, start_step, world.rank)
         if checkpoint is not None:
             client_state = engine.load(checkpoint)
             start_step = client_state["step"]
