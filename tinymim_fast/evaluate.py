@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from tinymim_fast.config import IMAGENET_MEAN, IMAGENET_STD
 from tinymim_fast.data import build_eval_loader, find_images
+from tinymim_fast.data.views import IMAGENET_MEAN, IMAGENET_STD, EvalView
 from tinymim_fast.errors import EXIT_INPUT, InputError, flags
 from tinymim_fast.models.checkpoints import load_encoder
 from tinymim_fast.models.taps import Place, Taps
@@ -41,24 +41,15 @@ def extract_features(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Features (n, C), fp32 on the CPU, and labels (n,) of this rank's part of a split.
 
-    A feature is the mean over patch tokens at the place that is tapped, what the last block's qkv projection reads: for a distilled student the
-    last thing that the relation loss trained.
+    A feature is the mean over patch tokens at the place that is tapped. What the last block's qkv projection reads is, for a
+    distilled student, the last thing that the relation loss trained.
     """
     (place,) = taps.places
     index = find_images(data_path, split=split, workers=workers)
     features, labels = [torch.empty(0, taps.widths[place])], [torch.empty(0, dtype=torch.int64)]
+    view = EvalView(img_size=img_size, resize_size=round(img_size * 256 / 224), mean=mean, std=std)
     with build_eval_loader(
-        index,
-        loader="auto",
-        batch_size=batch_size,
-        img_size=img_size,
-        resize_size=round(img_size * 256 / 224),
-        device=device,
-        rank=rank,
-        world_size=world_size,
-        workers=workers,
-        mean=mean,
-        std=std,
+        index, view, batch_size=batch_size, rank=rank, world_size=world_size, device=device, workers=workers
     ) as loader:
         for images, targets, _ in loader:
             tokens = taps(images)[place][:, taps.num_prefix_tokens :]

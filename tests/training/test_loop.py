@@ -15,7 +15,7 @@ from PIL import Image
 
 pytest.importorskip("deepspeed")
 
-import tinymim_fast.training as training
+import tinymim_fast.training.loop as training
 from support.programs import DEEPSPEED, PACKAGE, ROOT, TINY, distill_flags, run_training, start_training
 from support.rank_worker import FIRST_GREY, GREY_STEP, train_and_record
 from tinymim_fast import pretrain, train
@@ -169,10 +169,10 @@ def test_another_configuration_in_the_folder_is_refused(world, uninterrupted, im
 
 
 def test_images_that_changed_between_stop_and_start_are_noticed(world, uninterrupted, teacher_file, tmp_path):
-    from tinymim_fast.data import draw_sample_folder
+    from tinymim_fast.data import draw_image_folder
 
     folder, changes = uninterrupted
-    draw_sample_folder(tmp_path / "other", num_train_per_class=7, num_val_per_class=1, size=48, seed=0)
+    draw_image_folder(tmp_path / "other", num_train_per_class=7, num_val_per_class=1, size=48, seed=0)
     with pytest.raises(InputError, match="holds 112 images, not the 96"):
         distil(world, *distill_flags(tmp_path / "other", teacher_file, folder, **changes))
 
@@ -263,7 +263,7 @@ def damaged_teacher(tmp_path, image_folder):
         ({"target_block": 4}, "--target-block: got 4, want 1 to 3"),
         ({"relation_heads": 5}, "--relation-heads: got 5, want a number that divides the student's width 48"),
         ({"train_batch_size": 16, "train_micro_batch_size_per_gpu": 5}, "--train-batch-size: got 16"),
-        ({"train_batch_size": 97}, "--train-batch-size 97 for 96 images"),
+        ({"train_batch_size": 97}, "--train-batch-size: got 97 images a step for 96 images"),
         ({"student_model": "resnet18"}, "--student-model resnet18"),
         ({"student_model_kwargs": json.dumps({**TINY, "reg_tokens": 4})}, "student has 21 tokens.*teacher 17"),
         ({"deepspeed_config": "/no/ds.json"}, "--deepspeed-config /no/ds.json"),

@@ -10,7 +10,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,13 @@ import yaml
 from torch import nn
 
 from tinymim_fast import engine as engines
+from tinymim_fast.batches import BatchPlan
 from tinymim_fast.config import RunConfig, differences, parse, to_yaml
 from tinymim_fast.data import ImageIndex, build_loader, find_images
-from tinymim_fast.data.errors import ImageError, name_some
+from tinymim_fast.data.bad_files import BadFiles
+from tinymim_fast.data.errors import name_some
 from tinymim_fast.data.loader import TrainLoader
+from tinymim_fast.data.views import TrainView
 from tinymim_fast.distributed import World, seed_rank
 from tinymim_fast.engine import Engine
 from tinymim_fast.errors import (
@@ -35,6 +38,7 @@ from tinymim_fast.errors import (
     InputError,
     NonFiniteLossError,
     Terminated,
+    flags,
 )
 from tinymim_fast.models.checkpoints import ModelInfo, latest_checkpoint, save_weights
 from tinymim_fast.training.metrics import Recorder, plot_curves, read_metrics
@@ -82,7 +86,8 @@ def main(
         config = parse(kind, sys.argv[1:] if argv is None else argv, prog)
         world = engines.start()
         try:
-            train(config, world, build_task)
+            with flags(**{name: f"--{name.replace('_', '-')}" for name in vars(config)}):
+                train(config, world, build_task)
         finally:
             engines.stop()
     except (InputError, NonFiniteLossError, Terminated) as stopped:
@@ -112,35 +117,40 @@ def train(config: RunConfig, world: World, build_task: Callable[[Any, World, Pat
 
     torch.manual_seed(config.seed)  # the same initial weights on every rank
     task = build_task(config, world, checkpoint)
-    with build_loader(
-        index,
-        loader=config.loader,
-        batch_size=micro,
-        accumulation_steps=accum,
+    view = TrainView(
         img_size=config.img_size,
-        views=task.views,
-        seed=config.seed,
-        rank=world.rank,
-        world_size=world.world_size,
-        device=world.device,
-        workers=config.workers,
         scale=config.scale,
         ratio=config.ratio,
         hflip=config.hflip,
-        color_jitter=(task.color_jitter,) * 3,
+        color_jitter=(task.color_jitter,) * 3 if task.views == 2 else None,
         mean=config.mean,
         std=config.std,
         # half the bytes; the CPU is slower at it
         dtype=torch.float16 if config.bf16 and world.device.type == "cuda" else torch.float32,
-        dali_kwargs=config.dali_kwargs,
-    ) as loader:
+    )
+    bad_files = BadFiles(index, config.max_bad_files)
+    with (
+        flags(batches="--train-batch-size"),
+        build_loader(
+            index,
+            view,
+            BatchPlan(micro_batch_size=micro, accumulation_steps=accum, world_size=world.world_size),
+            loader=config.loader,
+            seed=config.seed,
+            rank=world.rank,
+            device=world.device,
+            workers=config.workers,
+            bad_files=bad_files,
+            dali_kwargs=config.dali_kwargs,
+        ) as loader,
+    ):
         engine = Engine(task.model, config, world, lr_schedule(config, loader.steps_per_epoch))
         start_step = 0
         seed_rank(config.seed, start_step, world.rank)
         if checkpoint is not None:
             client_state = engine.load(checkpoint)
             start_step = client_state["step"]
-            loader.bad.update(_still_bad(index, client_state["bad_files"]))
+            bad_files.recheck(client_state["bad_files"])
             logger.info("continuing from %s", checkpoint)
         world.broadcast(lambda: _prepare_folder(output_dir, config, ds_config, index))
         run = Run(config, world, task, engine, loader, accum, start_step)
@@ -185,8 +195,8 @@ def _find_images(config: RunConfig, *, resumed: bool) -> ImageIndex:
     saved = Path(config.output_dir) / INDEX
     if resumed and saved.exists():
         index = _as_begun(config, ImageIndex.load(saved), index)
-    if len(index.damaged) > config.max_bad_files * index.num_listed:
-        raise _too_many_bad(config, index, index.damaged)
+    if (bad_files := BadFiles(index, config.max_bad_files)).too_many:
+        raise bad_files.error()
     return index
 
 
@@ -201,27 +211,6 @@ def _as_begun(config: RunConfig, before: ImageIndex, now: ImageIndex) -> ImageIn
             "others; restore them, or choose another --output-dir"
         )
     return replace(before, root=now.root)
-
-
-def _still_bad(index: ImageIndex, names: Container[str]) -> dict[int, str]:
-    """Which of these images still can't be decoded, with the reason: repaired ones are taken again."""
-    bad = {}
-    for i, path in enumerate(index.paths):
-        if path in names:
-            try:
-                index.read_image(i)
-            except ImageError as error:
-                bad[i] = error.reason
-    return bad
-
-
-def _too_many_bad(config: RunConfig, index: ImageIndex, bad: dict[str, str]) -> InputError:
-    share = len(bad) / index.num_listed
-    files = name_some(f"{path} ({reason})" for path, reason in bad.items())
-    return InputError(
-        f"--max-bad-files {config.max_bad_files:g}: {len(bad)} of {index.num_listed} images in {index.root} can't be decoded "
-        f"({share:.2g} of all): {files}. Repair them, or allow more"
-    )
 
 
 def _prepare_folder(output_dir: Path, config: RunConfig, ds_config: dict[str, Any], index: ImageIndex) -> None:
@@ -271,7 +260,7 @@ class Run:
         start_step: int,
     ):
         self.config, self.world, self.task, self.engine = config, world, task, engine
-        self.loader, self.index = loader, loader.plan.index
+        self.loader, self.bad_files = loader, loader.bad_files
         self.steps_per_epoch, self.accum = loader.steps_per_epoch, accum
         self.step = start_step
         self.total_steps = self.steps_per_epoch * config.epochs
@@ -330,7 +319,7 @@ class Run:
                 if request == STOP and self.step < self.total_steps:
                     raise Terminated(f"stopped by SIGTERM at step {self.step}, saved; the same command continues")
                 if request == TOO_MANY_BAD:
-                    raise _too_many_bad(config, self.index, self.bad_files)
+                    raise self.bad_files.error()
                 agreement = self.world.start_max(self._wish())
         finally:
             signal.signal(signal.SIGTERM, previous)
@@ -344,18 +333,13 @@ class Run:
 
     def _wish(self) -> int:
         """What this rank asks all ranks to do at the end of the next step."""
-        if len(self.index.damaged) + len(self.loader.bad) > self.config.max_bad_files * self.index.num_listed:
+        if self.bad_files.too_many:
             return TOO_MANY_BAD
         if self.terminate:
             return STOP
         minutes = self.config.checkpoint_minutes
         due = minutes and self.world.is_main and time.monotonic() - self.saved_at > 60 * minutes
         return SAVE if due else 0
-
-    @property
-    def bad_files(self) -> dict[str, str]:
-        """Images that can't be decoded, with the reason: left out by the scan, and found by any rank until the last look."""
-        return {**self.index.damaged, **{self.index.paths[i]: reason for i, reason in self.loader.bad.items()}}
 
     def _save_due(self) -> bool:
         interval = self.config.checkpoint_interval
@@ -373,9 +357,9 @@ class Run:
             return
         num_steps = len(self.losses)
         mine = torch.stack(self.losses).float().cpu()
-        losses, found = zip(*self.world.gather((mine, self.loader.bad)))
-        for bad in found:
-            self.loader.bad.update(bad)
+        losses, found = zip(*self.world.gather((mine, self.bad_files.reasons)))
+        for reasons in found:
+            self.bad_files.update(reasons)
         everyone = torch.stack(losses)  # (ranks, steps, parts)
         bad = ~everyone.isfinite().all(-1)
         if bad.any():
@@ -401,7 +385,7 @@ class Run:
             "data_wait": round(self.waited / elapsed, 4),
             "time": round(time.time(), 2),
         }
-        bad_files = self.bad_files
+        bad_files = self.bad_files.by_path
         new = {path: reason for path, reason in bad_files.items() if path not in self.named}
         if new and self.world.is_main:
             record |= {"num_bad_files": len(bad_files), "bad_files": new}
@@ -436,7 +420,7 @@ class Run:
         def write() -> None:
             temporary.mkdir()
             save_weights(temporary, weights, info)
-            engines.save_state(temporary, state, {"step": self.step, "bad_files": self.bad_files})
+            engines.save_state(temporary, state, {"step": self.step, "bad_files": self.bad_files.by_path})
             os.rename(temporary, final)
             for old in sorted(folder.glob("step_*"))[: -self.config.checkpoint_hist]:
                 shutil.rmtree(old)
