@@ -22,6 +22,7 @@ from tinymim_fast.kernels.operands import Operands
 
 
 def problem_operands(args: argparse.Namespace, num_tokens: int, head_dim_s: int, head_dim_t: int) -> Operands:
+    """Standard normal tensors of one problem, with places for both gradients."""
     dtype = getattr(torch, args.dtype)
     x_s, y_s, x_t, y_t = (
         torch.randn(args.batch_size, args.num_heads, num_tokens, width, device="cuda").to(dtype)
@@ -61,6 +62,7 @@ def is_right(operands: Operands, tile: tiles.TileConfig) -> bool:
 
 
 def crossover(args: argparse.Namespace, head_dim_s: int, head_dim_t: int) -> None:
+    """Print both kernels' times by N."""
     for num_tokens in range(64, 257, 32):
         operands = problem_operands(args, num_tokens, head_dim_s, head_dim_t)
         problem = triton_backend.problem(operands)
@@ -75,6 +77,7 @@ def crossover(args: argparse.Namespace, head_dim_s: int, head_dim_t: int) -> Non
 
 
 def best_tile(operands: Operands) -> tuple[float, tiles.TileConfig]:
+    """Milliseconds and tile of the fastest candidate that is right."""
     times = []
     for tile in tiles.candidates(triton_backend.problem(operands)):
         try:
@@ -92,6 +95,7 @@ def best_tile(operands: Operands) -> tuple[float, tiles.TileConfig]:
 
 
 def main() -> None:
+    """Print the lines to check in."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--num-tokens", nargs="+", type=int, default=[50, 197, 577])
