@@ -35,7 +35,8 @@ import sweep
 from labels import OURS
 from providers import PROVIDERS, Provider
 from step_roofs import PAIRS, RELATIONS, Pair
-from tinymim_fast.models.vit import TappedViT, create_vit, freeze, init_mae_style
+from tinymim_fast.models.taps import Place, Taps
+from tinymim_fast.models.vit import create_vit, freeze, init_mae_style
 
 MODELS = "compile", "eager"
 
@@ -88,10 +89,11 @@ class Trainer:
 
     def qkv(self, images: Tensor) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
-            qkv_t = self.teacher(images.to(self.dtype))
+            (qkv_t,) = self.teacher(images.to(self.dtype)).values()
         half = self.dtype in (torch.float16, torch.bfloat16)
         with torch.autocast(images.device.type, dtype=self.dtype if half else None, enabled=half):
-            return self.student(images), qkv_t
+            (qkv_s,) = self.student(images).values()
+        return qkv_s, qkv_t
 
     def step(self, provider: Provider, batches: Iterable[Tensor]) -> None:
         qkv_s, qkv_t = self.qkv(next(batches))
@@ -107,7 +109,7 @@ class Trainer:
 def build(pair: Pair, *, models: str, img_size: int, dtype: torch.dtype, device: torch.device) -> Trainer:
     torch.manual_seed(0)
     teacher, student = (
-        TappedViT(init(create_vit(vit.name, img_size=img_size, flag="--pairs")), vit.block)
+        Taps(init(create_vit(vit.name, img_size=img_size)), [Place("qkv", vit.block)])
         for vit in (pair.teacher, pair.student)
     )
     freeze(teacher, dtype, device)
