@@ -54,7 +54,7 @@ def teacher_file(tmp_path_factory) -> Path:
     from tinymim_fast.models.vit import create_vit
 
     torch.manual_seed(1)
-    encoder = create_vit("vit_tiny_patch16_224", img_size=32, flag="test", **TEACHER)
+    encoder = create_vit("vit_tiny_patch16_224", img_size=32, **TEACHER)
     mae = MaskedAutoencoder(
         encoder, mask_ratio=0.75, decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=2, norm_pix_loss=True
     )
