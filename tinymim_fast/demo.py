@@ -141,13 +141,14 @@ def picture_relations(path: Path, image_file: Path, teacher: str, student: str) 
     from PIL import Image
 
     from tinymim_fast.models.checkpoints import load_encoder
-    from tinymim_fast.models.vit import TappedViT, create_vit, freeze, init_mae_style
+    from tinymim_fast.models.taps import Place, Taps
+    from tinymim_fast.models.vit import create_vit, freeze, init_mae_style
     from tinymim_fast.relation_maps import draw_relation_maps, head_kl, relation_rows, telling_queries
 
-    of_teacher, _ = load_encoder(teacher, flag="TEACHER", model_flag="TEACHER")
-    distilled, info = load_encoder(student, flag="STUDENT", model_flag="STUDENT")
+    of_teacher, _ = load_encoder(teacher)
+    distilled, info = load_encoder(student)
     torch.manual_seed(info.recipe["seed"])
-    untrained = create_vit(info.architecture, flag="STUDENT", **info.model_kwargs)
+    untrained = create_vit(info.architecture, **info.model_kwargs)
     init_mae_style(untrained, pos_embed=info.recipe["student_pos_embed"])
     models = {"teacher": of_teacher, "student before": untrained, "student after": distilled}
 
@@ -161,10 +162,10 @@ def picture_relations(path: Path, image_file: Path, teacher: str, student: str) 
 
     qkv = {}
     for who, vit in models.items():
-        tap = freeze(TappedViT(vit, len(vit.blocks)), torch.float32, torch.device("cpu"))
+        taps = freeze(Taps(vit, [Place("qkv", len(vit.blocks))]), torch.float32, torch.device("cpu"))
         with torch.inference_mode():
-            qkv[who] = tap(batch)
-    prefix, grid = tap.num_prefix_tokens, tap.model.patch_embed.grid_size
+            (qkv[who],) = taps(batch).values()
+    prefix, grid = taps.num_prefix_tokens, vit.patch_embed.grid_size
     rows = {r: {who: relation_rows(projection, r, heads) for who, projection in qkv.items()} for r in relations}
     on_patches = {
         relation: {who: r[0].mean(0)[prefix:, prefix:] for who, r in of_model.items()}

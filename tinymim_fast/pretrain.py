@@ -24,6 +24,7 @@ import torch
 
 from tinymim_fast.config import PretrainConfig, to_dict
 from tinymim_fast.distributed import World
+from tinymim_fast.errors import flags
 from tinymim_fast.models.checkpoints import ModelInfo, read_weights
 from tinymim_fast.models.mae import MaskedAutoencoder
 from tinymim_fast.models.vit import create_vit, head_layout
@@ -33,18 +34,19 @@ PREFIX = "encoder."
 
 
 def build_task(config: PretrainConfig, world: World, checkpoint: Path | None) -> training.Task:
-    encoder = create_vit(config.model, img_size=config.img_size, flag="--model", **config.model_kwargs)
-    layout = head_layout(encoder)
-    model = MaskedAutoencoder(
-        encoder,
-        mask_ratio=config.mask_ratio,
-        decoder_embed_dim=config.decoder_embed_dim,
-        decoder_depth=config.decoder_depth,
-        decoder_num_heads=config.decoder_num_heads,
-        norm_pix_loss=config.norm_pix_loss,
-    )
+    with flags(model="--model", model_kwargs="--model-kwargs", mask_ratio="--mask-ratio"):
+        encoder = create_vit(config.model, img_size=config.img_size, **config.model_kwargs)
+        layout = head_layout(encoder)
+        model = MaskedAutoencoder(
+            encoder,
+            mask_ratio=config.mask_ratio,
+            decoder_embed_dim=config.decoder_embed_dim,
+            decoder_depth=config.decoder_depth,
+            decoder_num_heads=config.decoder_num_heads,
+            norm_pix_loss=config.norm_pix_loss,
+        )
     if checkpoint is not None:
-        saved, _ = read_weights(checkpoint, flag="--output-dir")
+        saved, _ = read_weights(checkpoint)
         model.load_state_dict({_engine_name(name): tensor for name, tensor in saved.items()})
     initial = {name.removeprefix(PREFIX): tensor.detach().clone() for name, tensor in model.state_dict().items()}
 

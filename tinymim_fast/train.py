@@ -25,10 +25,10 @@ import torch
 
 from tinymim_fast.config import DistillConfig, to_dict
 from tinymim_fast.distributed import World
-from tinymim_fast.errors import InputError
+from tinymim_fast.errors import InputError, flags
 from tinymim_fast.models.checkpoints import ModelInfo, load_encoder, load_state, read_weights
+from tinymim_fast.models.taps import Place, Taps
 from tinymim_fast.models.vit import (
-    TappedViT,
     create_vit,
     default_target_block,
     freeze,
@@ -43,58 +43,71 @@ logger = logging.getLogger("tinymim_fast")
 PREFIX = "student.model."
 
 
-def build_teacher(config: DistillConfig) -> tuple[TappedViT, int, int]:
+FLAGS_S = {
+    "model": "--student-model",
+    "model_kwargs": "--student-model-kwargs",
+    "source": "--output-dir",
+    "pos_embed": "--student-pos-embed",
+}
+FLAGS_T = {
+    "source": "--teacher-checkpoint",
+    "model": "--teacher-model",
+    "model_kwargs": "--teacher-model-kwargs",
+    "block": "--target-block",
+}
+FLAGS = {"relation_heads": "--relation-heads", "student_model_kwargs": "--student-model-kwargs"}
+
+
+def build_teacher(config: DistillConfig) -> tuple[Taps, int, int]:
     """The teacher up to its target block, that block's number, and the heads of its relations."""
-    vit, info = load_encoder(
-        config.teacher_checkpoint,
-        model=config.teacher_model,
-        model_kwargs=config.teacher_model_kwargs,
-        img_size=config.img_size,
-    )
-    block = config.target_block or default_target_block(len(vit.blocks))
-    teacher = TappedViT(vit, block)
+    with flags(**FLAGS_T):
+        vit, info = load_encoder(
+            config.teacher_checkpoint,
+            model=config.teacher_model,
+            model_kwargs=config.teacher_model_kwargs,
+            img_size=config.img_size,
+        )
+        block = config.target_block or default_target_block(len(vit.blocks))
+        teacher = Taps(vit, [Place("qkv", block)])
     # A student of this package reproduced relations of so many heads in its last block; as a teacher it offers those.
-    heads = config.relation_heads or info.head_layout.get("relation_heads") or teacher.num_heads
+    heads = config.relation_heads or info.head_layout.get("relation_heads") or vit.blocks[block - 1].attn.num_heads
     logger.info("teacher: %s, block %d, %d relation heads", info.architecture, block, heads)
     return teacher, block, heads
 
 
 def build_task(config: DistillConfig, world: World, checkpoint: Path | None) -> training.Task:
-    student = create_vit(
-        config.student_model, img_size=config.img_size, flag="--student-model", **config.student_model_kwargs
-    )
-    init_mae_style(student, pos_embed=config.student_pos_embed)
-    set_constant_drop_path(student, config.drop_path)
-    if checkpoint is not None:
-        load_state(
-            student,
-            read_weights(checkpoint, flag="--output-dir")[0],
-            source=str(checkpoint),
-            name=config.student_model,
-        )
+    with flags(**FLAGS_S):
+        student = create_vit(config.student_model, img_size=config.img_size, **config.student_model_kwargs)
+        init_mae_style(student, pos_embed=config.student_pos_embed)
+        set_constant_drop_path(student, config.drop_path)
+        if checkpoint is not None:
+            load_state(student, read_weights(checkpoint)[0], source=str(checkpoint), name=config.student_model)
     layout = head_layout(student)
     initial = {name: tensor.detach().clone() for name, tensor in student.state_dict().items()}
 
     teacher, block, heads = build_teacher(config)
-    tap = TappedViT(student, len(student.blocks))
-    distiller = RelationDistiller(
-        tap,
-        teacher,
-        relation_heads=heads,
-        relations=config.relations,
-        weights=config.relation_weights,
-        backend=config.loss_backend,
-    )
+    taps = Taps(student, [Place("qkv", len(student.blocks))])
+    with flags(**FLAGS):
+        distiller = RelationDistiller(
+            taps,
+            teacher,
+            relation_heads=heads,
+            relations=config.relations,
+            weights=config.relation_weights,
+            backend=config.loss_backend,
+        )
     dtype = torch.bfloat16 if config.bf16 else torch.float32
     freeze(teacher, dtype, world.device)
     try:  # on one token: a backend that can't run here says so now, not after the set-up
-        distiller.loss(*(torch.zeros(1, 1, 3 * t.qkv_dim, dtype=dtype, device=world.device) for t in (tap, teacher)))
+        widths = [*taps.widths.values(), *teacher.widths.values()]
+        distiller.loss(*(torch.zeros(1, 1, width, dtype=dtype, device=world.device) for width in widths))
     except ValueError as error:
         raise InputError(f"--loss-backend {config.loss_backend}: {error}") from error
 
     def prepare(views: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         teacher_view, student_view = views
-        return student_view, teacher(teacher_view)
+        (qkv_t,) = teacher(teacher_view).values()
+        return student_view, qkv_t
 
     return training.Task(
         model=distiller,

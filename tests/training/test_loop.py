@@ -47,9 +47,9 @@ def test_what_the_loss_cant_reach_keeps_its_exact_values(world, image_folder, te
         image_folder, teacher_file, tmp_path / "run", zero_stage=stage, bf16=bf16, weight_decay=0.5, lr=1e-2
     )
     distil(world, *flags)
-    state, info = read_weights(tmp_path / "run", flag="f")
+    state, info = read_weights(tmp_path / "run")
     torch.manual_seed(0)
-    initial = create_vit("vit_tiny_patch16_224", img_size=32, flag="f", **TINY)
+    initial = create_vit("vit_tiny_patch16_224", img_size=32, **TINY)
     init_mae_style(initial, pos_embed="sincos")
     kept = {
         name
@@ -135,7 +135,7 @@ def test_a_stopped_run_continues_with_the_same_losses(world, uninterrupted, imag
     assert [r["step"] for r in read_metrics(tmp_path / "run")] == list(range(1, 49))
     for part in ("loss", "qk", "vv", "lr"):
         assert losses(tmp_path / "run", part) == losses(whole, part)
-    ours, theirs = read_weights(tmp_path / "run", flag="f")[0], read_weights(whole, flag="f")[0]
+    ours, theirs = read_weights(tmp_path / "run")[0], read_weights(whole)[0]
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
@@ -326,7 +326,7 @@ def test_pretraining_under_launchers_gives_a_teacher(world, image_folder, tmp_pa
     assert code == 0, output
     curve = losses(tmp_path / "teacher")
     assert len(curve) == 18 and curve[-1] < curve[0]
-    state, info = read_weights(tmp_path / "teacher", flag="f")
+    state, info = read_weights(tmp_path / "teacher")
     assert info.kind == "mae" and "decoder_pred.weight" in state and "blocks.2.mlp.fc2.weight" in state
     if launcher == "torchrun":
         student = distill_flags(
@@ -338,7 +338,7 @@ def test_pretraining_under_launchers_gives_a_teacher(world, image_folder, tmp_pa
             epochs=1,
         )
         distil(world, *student)
-        assert read_weights(tmp_path / "student", flag="f")[1].recipe["teacher_model"] is None
+        assert read_weights(tmp_path / "student")[1].recipe["teacher_model"] is None
 
 
 def test_pretraining_resumes_exactly(world, image_folder, tmp_path):
@@ -383,7 +383,7 @@ def test_a_stage_resumes_exactly(world, image_folder, teacher_file, tmp_path, st
     train_and_record(world, None, 7, flags)
     distil(world, *flags)
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
-    for one, other in zip(*(read_weights(tmp_path / run, flag="f")[0].items() for run in ("cut", "whole"))):
+    for one, other in zip(*(read_weights(tmp_path / run)[0].items() for run in ("cut", "whole"))):
         assert torch.equal(one[1], other[1]), one[0]
 
 
