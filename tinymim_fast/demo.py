@@ -17,7 +17,7 @@ from tinymim_fast.errors import EXIT_INPUT, InputError
 
 HERE = Path(__file__).parent
 NUM_STAGES = 5
-PICTURED, NUM_QUERIES = 0, 4  # which image of the validation part, and how many of its patches
+PICTURED, NUM_QUERIES = "val/star/00005.jpg", 4  # whose relations are drawn, and of how many of its patches
 SHOWN_ON_FAILURE = 15  # lines of the log
 STEP = re.compile(r"step (\d+)/(\d+) .*?\bloss (\S+)")
 
@@ -121,7 +121,7 @@ def tell_story(stages: Stages, out: Path, log: Path) -> None:
 
     stages.begin("drawing what the student learnt")
     picture = out / "relations.png"
-    picture_relations(picture, sorted(images.glob("val/*/*"))[PICTURED], str(teacher), str(exported))
+    picture_relations(picture, images / PICTURED, str(teacher), str(exported))
     stages.end()
 
     print(f"\n{'k-NN on images of neither training':34s}  top-1 %")
@@ -181,12 +181,10 @@ def picture_relations(path: Path, image_file: Path, teacher: str, student: str) 
     for relation, of_model in rows.items():
         kl = {who: head_kl(of_model["teacher"], r).mean() for who, r in of_model.items()}
         maps[f"{relation[0].upper()} {relation[1].upper()}\u1d40"] = {
-            who if who == "teacher" else f"{who}, KL {kl[who]:.3f}": patches[queries].numpy()
+            f"{who}\n" + ("" if who == "teacher" else f"KL {kl[who]:.3f}"): patches[queries].numpy()
             for who, patches in on_patches[relation].items()
         }
-    title = (
-        "What the framed patch relates to, mean over heads: the teacher, and the student before and after distillation"
-    )
+    title = "What the framed patch relates to (mean over heads), and how far from the teacher: KL in nats, mean over the image"
     draw_relation_maps(path, np.asarray(pixels), grid, queries, maps, title=title)
 
 
