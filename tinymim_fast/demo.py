@@ -30,6 +30,7 @@ class Stages:
         self._live = sys.stdout.isatty()
 
     def begin(self, what: str) -> None:
+        """Say what the next stage does."""
         self._number += 1
         self._quarters = 0
         self._line, self._began = f"[{self._number}/{NUM_STAGES}] {what}", time.monotonic()
@@ -46,6 +47,7 @@ class Stages:
             print(f"      {where}", flush=True)
 
     def end(self, result: str = "") -> None:
+        """Say what came of the stage and how long it took; on a terminal in the stage's own line."""
         start = f"\r\033[K{self._line}: " if self._live else "      "
         seconds = f"{time.monotonic() - self._began:.0f} s"
         print(start + (f"{result}, {seconds}" if result else seconds), flush=True)
@@ -184,7 +186,9 @@ def picture_relations(path: Path, image_file: Path, teacher: str, student: str) 
             f"{who}\n" + ("" if who == "teacher" else f"KL {kl[who]:.3f}"): patches[queries].numpy()
             for who, patches in on_patches[relation].items()
         }
-    title = "What the framed patch relates to (mean over heads), and how far from the teacher: KL in nats, mean over the image"
+    title = (
+        "What the framed patch relates to (mean over heads); KL: how far from the teacher in nats, mean over the image"
+    )
     draw_relation_maps(path, np.asarray(pixels), grid, queries, maps, title=title)
 
 
