@@ -110,14 +110,15 @@ def tell_story(stages: Stages, out: Path, log: Path) -> None:
     paths = (f"--data-path={images}", f"--teacher-checkpoint={teacher}", f"--output-dir={student}")
     launch(stages, log, "train.py", "demo_student", *paths)
 
-    stages.begin("comparing them by k nearest neighbours, without labels in training")
+    stages.begin("comparing their features by k nearest neighbours")
     if not exported.exists():
         export(str(student), exported)
+    num_classes = len(list(images.glob("val/*")))
     accuracies = {
         "teacher (masked autoencoder)": evaluate_knn(str(teacher), str(images)),
         "student, distilled": evaluate_knn(str(exported), str(images)),
         "the same student, untrained": evaluate_knn(str(exported), str(images), untrained=True),
-        "chance": 1 / len(list(images.glob("val/*"))),
+        "chance": 1 / num_classes,
     }
     stages.end()
 
@@ -126,7 +127,7 @@ def tell_story(stages: Stages, out: Path, log: Path) -> None:
     picture_relations(picture, images / PICTURED, str(teacher), str(exported))
     stages.end()
 
-    print(f"\n{'k-NN on images of neither training':34s}  top-1 %")
+    print(f"\n{f'k-NN accuracy on {num_classes} classes':34s}  top-1 %")
     for name, accuracy in accuracies.items():
         print(f"{name:34s}  {100 * accuracy:7.1f}")
     print("\nPictures")
