@@ -37,9 +37,10 @@ from torchvision import io, transforms
 from torchvision.transforms import v2
 
 import harness
-from tinymim_fast.config import IMAGENET_MEAN, IMAGENET_STD
+from tinymim_fast.batches import BatchPlan
 from tinymim_fast.data import ImageIndex, build_loader, find_images
 from tinymim_fast.data.pack import pack
+from tinymim_fast.data.views import IMAGENET_MEAN, IMAGENET_STD, TrainView
 from tinymim_fast.errors import InputError
 
 IMG_SIZE, SCALE, JITTER = 224, (0.2, 1.0), 0.4
@@ -180,21 +181,14 @@ def our_batches(loader: str) -> Callable[..., Batches]:
 
 def make_loader(index: ImageIndex, point: Point, loader: str, device: torch.device):
     gpu = device.type == "cuda" and loader == "dali"
-    return build_loader(
-        index,
-        loader=loader,
-        batch_size=point.batch_size,
+    view = TrainView(
         img_size=IMG_SIZE,
-        views=point.views,
-        seed=0,
-        mean=IMAGENET_MEAN,
-        std=IMAGENET_STD,
-        device=device,
-        workers=point.num_workers,
         scale=SCALE,
-        color_jitter=(JITTER,) * 3,
+        color_jitter=(JITTER,) * 3 if point.views == 2 else None,
         dtype=torch.float16 if gpu else torch.float32,
     )
+    batches = BatchPlan(micro_batch_size=point.batch_size)
+    return build_loader(index, view, batches, loader=loader, seed=0, device=device, workers=point.num_workers)
 
 
 class decoding:

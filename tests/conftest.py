@@ -21,10 +21,10 @@ if not Path("/dev/nvidia0").exists() and not Path("/dev/kfd").exists():
 @pytest.fixture(scope="session")
 def image_folder(tmp_path_factory) -> Path:
     """DIR/train and DIR/val with 16 classes, 6 and 2 drawn JPEGs each."""
-    from tinymim_fast.data import draw_sample_folder
+    from tinymim_fast.data import draw_image_folder
 
     folder = tmp_path_factory.mktemp("images") / "drawn"
-    draw_sample_folder(folder, num_train_per_class=6, num_val_per_class=2, size=48, seed=0)
+    draw_image_folder(folder, num_train_per_class=6, num_val_per_class=2, size=48, seed=0)
     return folder
 
 

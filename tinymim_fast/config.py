@@ -2,10 +2,9 @@
 
 Every field is a flag (`--train-batch-size 1024`) and a YAML key (`train_batch_size: 1024`); the command line wins.
 Names follow timm and DeepSpeed, so a flag that exists there means the same here. What one kind of training adds is in tasks/.
-Nothing here waits for torch.
+Nothing here waits for torch. Annotations of configurations are not postponed: jsonargparse would import what their modules import
+for type checkers.
 """
-
-from __future__ import annotations
 
 import json
 import math

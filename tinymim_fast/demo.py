@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from tinymim_fast.data import draw_sample_folder
+from tinymim_fast.data import draw_image_folder
 from tinymim_fast.distributed import free_port
 from tinymim_fast.errors import EXIT_INPUT, InputError
 from tinymim_fast.evaluate import evaluate_knn
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if not images.exists():
             print(f"drawing images into {images}", flush=True)
-            draw_sample_folder(images, num_train_per_class=200, num_val_per_class=50, size=96, seed=0)
+            draw_image_folder(images, num_train_per_class=200, num_val_per_class=50, size=96, seed=0)
         launch("pretrain.py", "demo_teacher", f"--data-path={images}", f"--output-dir={teacher}")
         launch(
             "train.py",

@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from tinymim_fast.config import IMAGENET_MEAN, IMAGENET_STD
 from tinymim_fast.data import build_eval_loader, find_images
+from tinymim_fast.data.views import IMAGENET_MEAN, IMAGENET_STD, EvalView
 from tinymim_fast.errors import EXIT_INPUT, InputError
 from tinymim_fast.models.checkpoints import load_encoder
 from tinymim_fast.models.vit import TappedViT, create_vit, freeze, init_mae_style
@@ -45,18 +45,9 @@ def extract_features(
     """
     index = find_images(data_path, split=split, workers=workers)
     features, labels = [torch.empty(0, tap.embed_dim)], [torch.empty(0, dtype=torch.int64)]
+    view = EvalView(img_size=img_size, resize_size=round(img_size * 256 / 224), mean=mean, std=std)
     with build_eval_loader(
-        index,
-        loader="auto",
-        batch_size=batch_size,
-        img_size=img_size,
-        resize_size=round(img_size * 256 / 224),
-        device=device,
-        rank=rank,
-        world_size=world_size,
-        workers=workers,
-        mean=mean,
-        std=std,
+        index, view, batch_size=batch_size, rank=rank, world_size=world_size, device=device, workers=workers
     ) as loader:
         for images, targets, _ in loader:
             tokens = tap.tokens(images)[:, tap.num_prefix_tokens :]

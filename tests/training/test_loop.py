@@ -135,10 +135,10 @@ def test_a_bad_loss_is_found_at_the_next_report(world, image_folder, teacher_fil
         ({"target_block": 4}, "--target-block: got 4, want 1 to 3"),
         ({"relation_heads": 5}, "--relation-heads: got 5, want a number that divides the student's width 48"),
         ({"train_batch_size": 16, "train_micro_batch_size_per_gpu": 5}, "--train-batch-size: got 16"),
-        ({"train_batch_size": 97}, "--train-batch-size 97 for 96 images"),
+        ({"train_batch_size": 97}, "--train-batch-size: got 97 images a step for 96 images"),
         ({"student_model": "resnet18"}, "--student-model resnet18"),
         ({"student_model_kwargs": json.dumps({**TINY, "reg_tokens": 4})}, "student has 21 tokens.*teacher 17"),
-        ({"deepspeed_config": "/no/ds.json"}, "--deepspeed-config /no/ds.json"),
+        ({"deepspeed_config": "/no/ds.json"}, "--deepspeed-config: /no/ds.json can.t be read"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )

@@ -65,10 +65,10 @@ def test_another_configuration_in_the_folder_is_refused(world, uninterrupted, im
 
 
 def test_images_that_changed_between_stop_and_start_are_noticed(world, uninterrupted, teacher_file, tmp_path):
-    from tinymim_fast.data import draw_sample_folder
+    from tinymim_fast.data import draw_image_folder
 
     folder, changes = uninterrupted
-    draw_sample_folder(tmp_path / "other", num_train_per_class=7, num_val_per_class=1, size=48, seed=0)
+    draw_image_folder(tmp_path / "other", num_train_per_class=7, num_val_per_class=1, size=48, seed=0)
     with pytest.raises(InputError, match="holds 112 images, not the 96"):
         distil(world, *distill_flags(tmp_path / "other", teacher_file, folder, **changes))
 

@@ -1,7 +1,5 @@
 """Distillation: a frozen teacher's token relations, reproduced by a student."""
 
-from __future__ import annotations
-
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -71,7 +69,7 @@ class DistillConfig(RunConfig):
         self._check("color_jitter", 0 <= self.color_jitter <= 1, "0 to 1")
 
 
-def build_teacher(config: DistillConfig) -> tuple[TappedViT, int, int]:
+def build_teacher(config: DistillConfig) -> "tuple[TappedViT, int, int]":
     """The teacher up to its target block, that block's number, and the heads of its relations.
 
     Raises:
@@ -94,7 +92,7 @@ def build_teacher(config: DistillConfig) -> tuple[TappedViT, int, int]:
     return teacher, block, heads
 
 
-def build_task(config: DistillConfig, world: World, checkpoint: Path | None) -> Task:
+def build_task(config: DistillConfig, world: "World", checkpoint: Path | None) -> "Task":
     """Student, teacher and relation loss.
 
     Args:
@@ -147,7 +145,7 @@ def build_task(config: DistillConfig, world: World, checkpoint: Path | None) -> 
     except ValueError as error:
         raise InputError(f"got {config.loss_backend}: {error}", argument="loss_backend") from error
 
-    def prepare(views: Views) -> Views:
+    def prepare(views: "Views") -> "Views":
         teacher_view, student_view = views
         return student_view, teacher(teacher_view)
 

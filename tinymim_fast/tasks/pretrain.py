@@ -1,7 +1,5 @@
 """Masked-autoencoder pre-training: a teacher for data that has none."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,7 +49,7 @@ class PretrainConfig(RunConfig):
         )
 
 
-def build_task(config: PretrainConfig, world: World, checkpoint: Path | None) -> Task:
+def build_task(config: PretrainConfig, world: "World", checkpoint: Path | None) -> "Task":
     """A masked autoencoder.
 
     Args:
@@ -82,7 +80,7 @@ def build_task(config: PretrainConfig, world: World, checkpoint: Path | None) ->
         model.load_state_dict({_engine_name(name): tensor for name, tensor in saved.items()})
     initial = {name.removeprefix(PREFIX): tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
-    def weights(trained: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def weights(trained: "dict[str, torch.Tensor]") -> "dict[str, torch.Tensor]":
         return {**initial, **{name.removeprefix(PREFIX): tensor for name, tensor in trained.items()}}
 
     return Task(

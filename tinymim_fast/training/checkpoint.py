@@ -6,6 +6,7 @@
             optimizer.safetensors          AdamW's moments whole, every rank's random states; step and bad files in its metadata
         step_00000040/
         tmp_9f86d081_step_00000060/        being written, or being removed; what a killed run leaves, the next one removes
+        aside_step_00000050_2cf24dba/      was called step_00000050 and is no good checkpoint: a user may look, and remove it
         step_backup/                       a user's: neither read nor removed
 
 `models.checkpoints` has the rule of the names, because whoever reads weights finds a run's newest by it.
@@ -14,6 +15,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import secrets
 import shutil
 import time
 from dataclasses import replace
@@ -93,6 +96,8 @@ class Checkpoints:
         final = self.output_dir / FOLDER / name_of(step)
 
         def write() -> None:
+            if final.exists():  # no checkpoint, or the run would have gone on from it
+                set_aside(final)
             with whole_folder(final) as folder:
                 save_weights(folder, weights, info)
                 save_state(folder, state, {**client_state, "step": step})
@@ -120,3 +125,11 @@ def prune(output_dir: Path, keep: int) -> None:
             remove_folder(old)
         except OSError as error:
             logger.warning("%s: this old checkpoint can't be removed: %s", old, error)
+
+
+def set_aside(path: Path) -> Path:
+    """Give what is no good checkpoint another name, which it returns: nothing of a user's is removed."""
+    other = path.with_name(f"aside_{path.name}_{secrets.token_hex(4)}")
+    os.rename(path, other)
+    logger.warning("%s is no good checkpoint; it is called %s now", path, other.name)
+    return other

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from tinymim_fast.config import RunConfig, to_yaml
-from tinymim_fast.data import BadFiles, ImageIndex, build_loader
+from tinymim_fast.data import ImageIndex, build_loader
+from tinymim_fast.data.bad_files import BadFiles
 from tinymim_fast.distributed import World, seed_rank
 from tinymim_fast.engine import Engine, deepspeed_config
 from tinymim_fast.errors import InputError, NonFiniteLossError, Terminated, flags
