@@ -102,6 +102,8 @@ class Row:
 
 @dataclass(frozen=True)
 class Instruction:
+    """One line of a disassembly."""
+
     address: int
     predicate: str
     opcode: str
@@ -132,8 +134,7 @@ def operands(num_tokens: int, head_dim_s: int, head_dim_t: int, dtype: str, use:
         scale_t=head_dim_t**-0.5,
         lengths=torch.empty(NUM_IMAGES, dtype=torch.int64, device="meta") if use in ("qk+vv", "rows") else None,
         weights=weights if use == "rows" else None,
-        codes_x=(0, 2) if use == "qk+vv" else (0,),
-        codes_y=(1, 2) if use == "qk+vv" else (1,),
+        relations=((0, 1), (2, 2)) if use == "qk+vv" else ((0, 1),),
         stride_s_p=NUM_HEADS * head_dim_s if packed else 0,
         stride_t_p=NUM_HEADS * head_dim_t if packed else 0,
         stride_d_p=NUM_HEADS * head_dim_s if packed else 0,
@@ -185,6 +186,7 @@ def disassembled(cubin: bytes) -> tuple[list[Instruction], int]:
 
 
 def successors(code: list[Instruction]) -> list[list[int]]:
+    """Of each instruction, the indices of those that may come after it."""
     index = {instruction.address: i for i, instruction in enumerate(code)}
     after: list[list[int]] = []
     for i, instruction in enumerate(code):
@@ -244,12 +246,14 @@ def executed(code: list[Instruction], num_iterations: int, skip_loop: bool) -> C
 
 
 def blocks_per_sm(target: str, registers: int, shared_bytes: int, num_warps: int) -> int:
+    """How many blocks fit on an SM at once, by registers, shared memory, warps and the hardware's limit."""
     shared, warps, blocks = SM[target]
     by_registers = 65536 // (32 * num_warps * math.ceil(registers / 8) * 8)
     return min(by_registers, shared // (shared_bytes + 1024), warps // num_warps, blocks)
 
 
 def nvidia_row(target: str, launch: Launch, compiled: CompiledKernel, num_tokens: int) -> dict:
+    """Figures of a cubin, static ones and those of the path that is executed."""
     code, registers = disassembled(compiled.asm["cubin"])
     arguments = launch.arguments
     own, other = block_sizes(arguments)
@@ -285,6 +289,7 @@ def nvidia_row(target: str, launch: Launch, compiled: CompiledKernel, num_tokens
 
 
 def amd_row(compiled: CompiledKernel) -> dict:
+    """Figures that the assembly states."""
     assembly = compiled.asm["amdgcn"]
 
     def value(name: str) -> int:
@@ -300,12 +305,14 @@ def amd_row(compiled: CompiledKernel) -> dict:
 
 
 def block_sizes(arguments: dict) -> tuple[int, int]:
+    """Queries and keys of a tile; of the tiled gradient, own rows and others."""
     if "BLOCK_OWN" in arguments:
         return arguments["BLOCK_OWN"], arguments["BLOCK_OTHER"]
     return arguments["BLOCK_QUERIES"], arguments["BLOCK_KEYS"]
 
 
 def name_of(launch: Launch) -> str:
+    """The kernel, with what of its flags makes it another one."""
     name = launch.kernel.__name__.removesuffix("_kernel")
     if name == "single_pass":
         return name + ("_exact" if launch.arguments["EXACT"] else "")
@@ -315,6 +322,7 @@ def name_of(launch: Launch) -> str:
 
 
 def rows_of(target: str, shape: tuple[int, int, int, str, str]) -> list[Row]:
+    """A row for each launch of a problem."""
     num_tokens, head_dim_s, head_dim_t, dtype, use = shape
     relation = operands(*shape)
     _, launches = triton_backend.plan(relation, tiles.choose(triton_backend.problem(relation, arch=target)))
@@ -345,12 +353,14 @@ def rows_of(target: str, shape: tuple[int, int, int, str, str]) -> list[Row]:
 
 
 def report(targets: list[str]) -> Iterator[Row]:
+    """All rows, in order, compiled in parallel."""
     with ProcessPoolExecutor() as pool:
         for rows in pool.map(rows_of, *zip(*product(targets, SHAPES))):
             yield from rows
 
 
 def parse_args() -> argparse.Namespace:
+    """Flags."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=list(TARGETS))
@@ -359,6 +369,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def main() -> None:
+    """Write the report."""
     args = parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
         sys.exit("TRITON_INTERPRET: got 1, want it unset: interpreted kernels are not compiled")

@@ -40,7 +40,7 @@ ARROWS = {  # room: what of tinymim_fast it may import, rooms or single modules
     "tinymim_fast/batches.py": set(),
     "tinymim_fast/errors.py": set(),
     "tinymim_fast/files.py": set(),
-    "tinymim_fast/distributed.py": set(),
+    "tinymim_fast/distributed.py": {"errors"},
     "tinymim_fast/config.py": {"batches", "errors"},
     "tinymim_fast/data": {"data", "batches", "errors", "files"},
     "tinymim_fast/models": {"models", "errors", "files"},

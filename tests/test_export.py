@@ -29,7 +29,7 @@ def run(world, image_folder, teacher_file, tmp_path_factory):
 def test_plain_timm_loads_it_with_the_same_features(run, tmp_path):
     assert export.main([str(run), str(tmp_path / "out")]) == 0
     model = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
-    state, _ = read_weights(run, flag="f")
+    state, _ = read_weights(run)
     plain = timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=32, **TINY).eval()
     plain.load_state_dict(state)
     images = torch.randn(2, 3, 32, 32)
@@ -75,7 +75,7 @@ def test_pretrained_checkpoints_export_without_their_decoder(image_folder, teach
 
     save_weights(tmp_path, {**vit.state_dict(), "decoder_pred.bias": torch.zeros(3)}, info)
     export.export(str(tmp_path), tmp_path / "out")
-    assert not any(k.startswith("decoder") for k in read_weights(tmp_path / "out", flag="f")[0])
+    assert not any(k.startswith("decoder") for k in read_weights(tmp_path / "out")[0])
 
 
 def test_knn_votes_by_similarity():

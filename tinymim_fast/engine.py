@@ -27,7 +27,7 @@ from deepspeed.utils import (
 from torch import nn
 
 from tinymim_fast.batches import BatchPlan
-from tinymim_fast.distributed import World, free_port, seed_rank
+from tinymim_fast.distributed import World, complete_environment, join, seed_rank
 from tinymim_fast.errors import InputError
 
 STATE = "optimizer.safetensors"
@@ -37,16 +37,13 @@ deepspeed.utils.logger.setLevel(logging.WARNING)  # a user's run needs its warni
 
 def start() -> World:
     """Join the processes that `deepspeed`, `torchrun` or nobody (plain `python`) started."""
-    if "RANK" not in os.environ:
-        single = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-        os.environ.update(single, MASTER_PORT=str(free_port()))
+    local_rank = complete_environment()
     accelerator = get_accelerator()
     if accelerator.device_name() == "cpu":
         # DeepSpeed would compile a shared-memory all-reduce with g++ here, and die where there is none. gloo does.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         device = torch.device("cpu")
     else:
-        local_rank = int(os.environ["LOCAL_RANK"])
         if local_rank >= accelerator.device_count():
             raise InputError(
                 f"local rank {local_rank}, but this node has {accelerator.device_count()} devices; start fewer processes "
@@ -54,6 +51,7 @@ def start() -> World:
             )
         accelerator.set_device(local_rank)
         device = torch.device(accelerator.device_name(local_rank))
+    join(accelerator.communication_backend_name())
     deepspeed.init_distributed(dist_backend=accelerator.communication_backend_name(), verbose=False)
     return World(dist.get_rank(), dist.get_world_size(), device, dist.new_group(backend="gloo"))
 

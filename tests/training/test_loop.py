@@ -31,9 +31,9 @@ def test_what_the_loss_cant_reach_keeps_its_exact_values(world, image_folder, te
         image_folder, teacher_file, tmp_path / "run", zero_stage=stage, bf16=bf16, weight_decay=0.5, lr=1e-2
     )
     distil(world, *flags)
-    state, info = read_weights(tmp_path / "run", flag="f")
+    state, info = read_weights(tmp_path / "run")
     torch.manual_seed(0)
-    initial = create_vit("vit_tiny_patch16_224", img_size=32, flag="f", **TINY)
+    initial = create_vit("vit_tiny_patch16_224", img_size=32, **TINY)
     init_mae_style(initial, pos_embed="sincos")
     kept = {
         name
@@ -126,7 +126,7 @@ def test_a_bad_loss_is_found_at_the_next_report(world, image_folder, teacher_fil
         ({"data_path": "/no/such/folder"}, "--data-path: got /no/such/folder"),
         ({"data_path": "EMPTY"}, "--data-path: got .*is empty"),
         ({"data_path": "NO_IMAGES"}, "--data-path: got .*has no images"),
-        ({"teacher_checkpoint": "/no/such/file.pth"}, "--teacher-checkpoint /no/such/file.pth: no such checkpoint"),
+        ({"teacher_checkpoint": "/no/such/file.pth"}, "--teacher-checkpoint: /no/such/file.pth: no such checkpoint"),
         ({"teacher_checkpoint": "TEXT"}, "not a checkpoint that can be read"),
         (
             {"teacher_model_kwargs": json.dumps({**TINY})},
@@ -136,7 +136,7 @@ def test_a_bad_loss_is_found_at_the_next_report(world, image_folder, teacher_fil
         ({"relation_heads": 5}, "--relation-heads: got 5, want a number that divides the student's width 48"),
         ({"train_batch_size": 16, "train_micro_batch_size_per_gpu": 5}, "--train-batch-size: got 16"),
         ({"train_batch_size": 97}, "--train-batch-size: got 97 images a step for 96 images"),
-        ({"student_model": "resnet18"}, "--student-model resnet18"),
+        ({"student_model": "resnet18"}, "--student-model: resnet18"),
         ({"student_model_kwargs": json.dumps({**TINY, "reg_tokens": 4})}, "student has 21 tokens.*teacher 17"),
         ({"deepspeed_config": "/no/ds.json"}, "--deepspeed-config: /no/ds.json can.t be read"),
     ],
@@ -167,7 +167,7 @@ def test_pretraining_under_launchers_gives_a_teacher(world, image_folder, tmp_pa
     assert code == 0, output
     curve = losses(tmp_path / "teacher")
     assert len(curve) == 18 and curve[-1] < curve[0]
-    state, info = read_weights(tmp_path / "teacher", flag="f")
+    state, info = read_weights(tmp_path / "teacher")
     assert info.kind == "mae" and "decoder_pred.weight" in state and "blocks.2.mlp.fc2.weight" in state
     if launcher == "torchrun":
         student = distill_flags(
@@ -179,4 +179,4 @@ def test_pretraining_under_launchers_gives_a_teacher(world, image_folder, tmp_pa
             epochs=1,
         )
         distil(world, *student)
-        assert read_weights(tmp_path / "student", flag="f")[1].recipe["teacher_model"] is None
+        assert read_weights(tmp_path / "student")[1].recipe["teacher_model"] is None

@@ -52,7 +52,7 @@ def test_a_stopped_run_continues_with_the_same_losses(world, uninterrupted, imag
     assert [r["step"] for r in read_metrics(tmp_path / "run")] == list(range(1, 49))
     for part in ("loss", "qk", "vv", "lr"):
         assert losses(tmp_path / "run", part) == losses(whole, part)
-    ours, theirs = read_weights(tmp_path / "run", flag="f")[0], read_weights(whole, flag="f")[0]
+    ours, theirs = read_weights(tmp_path / "run")[0], read_weights(whole)[0]
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
@@ -92,7 +92,7 @@ def test_a_stage_resumes_exactly(world, image_folder, teacher_file, tmp_path, st
     train_and_record(world, None, 7, flags)
     distil(world, *flags)
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
-    for one, other in zip(*(read_weights(tmp_path / run, flag="f")[0].items() for run in ("cut", "whole"))):
+    for one, other in zip(*(read_weights(tmp_path / run)[0].items() for run in ("cut", "whole"))):
         assert torch.equal(one[1], other[1]), one[0]
 
 

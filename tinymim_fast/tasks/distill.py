@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from tinymim_fast.config import RunConfig, to_dict
-from tinymim_fast.errors import InputError
+from tinymim_fast.errors import InputError, flags
 
 if TYPE_CHECKING:
     from tinymim_fast.distributed import World
-    from tinymim_fast.models.vit import TappedViT
+    from tinymim_fast.models.taps import Taps
     from tinymim_fast.training.task import Task, Views
 
 logger = logging.getLogger("tinymim_fast")
@@ -69,25 +69,28 @@ class DistillConfig(RunConfig):
         self._check("color_jitter", 0 <= self.color_jitter <= 1, "0 to 1")
 
 
-def build_teacher(config: DistillConfig) -> "tuple[TappedViT, int, int]":
+def build_teacher(config: DistillConfig) -> "tuple[Taps, int, int]":
     """The teacher up to its target block, that block's number, and the heads of its relations.
 
     Raises:
         InputError: no such checkpoint, or no such block.
     """
     from tinymim_fast.models.checkpoints import load_encoder
-    from tinymim_fast.models.vit import TappedViT, default_target_block
+    from tinymim_fast.models.taps import Place, Taps
+    from tinymim_fast.models.vit import default_target_block
 
-    vit, info = load_encoder(
-        config.teacher_checkpoint,
-        model=config.teacher_model,
-        model_kwargs=config.teacher_model_kwargs,
-        img_size=config.img_size,
-    )
-    block = config.target_block or default_target_block(len(vit.blocks))
-    teacher = TappedViT(vit, block)
+    names = {"source": "checkpoint", "model": "model", "model_kwargs": "model_kwargs"}
+    with flags(**{name: f"teacher_{field}" for name, field in names.items()}, block="target_block"):
+        vit, info = load_encoder(
+            config.teacher_checkpoint,
+            model=config.teacher_model,
+            model_kwargs=config.teacher_model_kwargs,
+            img_size=config.img_size,
+        )
+        block = config.target_block or default_target_block(len(vit.blocks))
+        teacher = Taps(vit, [Place("qkv", block)])
     # A student of this package reproduced relations of so many heads in its last block; as a teacher it offers those.
-    heads = config.relation_heads or info.head_layout.get("relation_heads") or teacher.num_heads
+    heads = config.relation_heads or info.head_layout.get("relation_heads") or vit.blocks[block - 1].attn.num_heads
     logger.info("teacher: %s, block %d, %d relation heads", info.architecture, block, heads)
     return teacher, block, heads
 
@@ -106,32 +109,25 @@ def build_task(config: DistillConfig, world: "World", checkpoint: Path | None) -
     import torch
 
     from tinymim_fast.models.checkpoints import ModelInfo, load_state, read_weights
-    from tinymim_fast.models.vit import (
-        TappedViT,
-        create_vit,
-        freeze,
-        head_layout,
-        init_mae_style,
-        set_constant_drop_path,
-    )
+    from tinymim_fast.models.taps import Place, Taps
+    from tinymim_fast.models.vit import create_vit, freeze, head_layout, init_mae_style, set_constant_drop_path
     from tinymim_fast.targets.relations import RelationDistiller
     from tinymim_fast.training.task import Task, train_view
 
-    student = create_vit(
-        config.student_model, img_size=config.img_size, flag="--student-model", **config.student_model_kwargs
-    )
-    init_mae_style(student, pos_embed=config.student_pos_embed)
-    set_constant_drop_path(student, config.drop_path)
-    if checkpoint is not None:
-        state, _ = read_weights(checkpoint, flag="--output-dir")
-        load_state(student, state, source=str(checkpoint), name=config.student_model)
+    names = {"model": "student_model", "model_kwargs": "student_model_kwargs", "pos_embed": "student_pos_embed"}
+    with flags(**names, source="output_dir"):
+        student = create_vit(config.student_model, img_size=config.img_size, **config.student_model_kwargs)
+        init_mae_style(student, pos_embed=config.student_pos_embed)
+        set_constant_drop_path(student, config.drop_path)
+        if checkpoint is not None:
+            load_state(student, read_weights(checkpoint)[0], source=str(checkpoint), name=config.student_model)
     layout = head_layout(student)
     initial = {name: tensor.detach().clone() for name, tensor in student.state_dict().items()}
 
     teacher, block, heads = build_teacher(config)
-    tap = TappedViT(student, len(student.blocks))
+    taps = Taps(student, [Place("qkv", len(student.blocks))])
     distiller = RelationDistiller(
-        tap,
+        taps,
         teacher,
         relation_heads=heads,
         relations=config.relations,
@@ -141,13 +137,15 @@ def build_task(config: DistillConfig, world: "World", checkpoint: Path | None) -
     dtype = torch.bfloat16 if config.bf16 else torch.float32
     freeze(teacher, dtype, world.device)
     try:  # on one token: a backend that can't run here says so now, not after the set-up
-        distiller.loss(*(torch.zeros(1, 1, 3 * t.qkv_dim, dtype=dtype, device=world.device) for t in (tap, teacher)))
+        widths = [*taps.widths.values(), *teacher.widths.values()]
+        distiller.loss(*(torch.zeros(1, 1, width, dtype=dtype, device=world.device) for width in widths))
     except ValueError as error:
         raise InputError(f"got {config.loss_backend}: {error}", argument="loss_backend") from error
 
     def prepare(views: "Views") -> "Views":
         teacher_view, student_view = views
-        return student_view, teacher(teacher_view)
+        (qkv_t,) = teacher(teacher_view).values()
+        return student_view, qkv_t
 
     return Task(
         model=distiller,

@@ -65,7 +65,7 @@ def build_task(config: PretrainConfig, world: "World", checkpoint: Path | None) 
     from tinymim_fast.models.vit import create_vit, head_layout
     from tinymim_fast.training.task import Task, train_view
 
-    encoder = create_vit(config.model, img_size=config.img_size, flag="--model", **config.model_kwargs)
+    encoder = create_vit(config.model, img_size=config.img_size, **config.model_kwargs)
     layout = head_layout(encoder)
     model = MaskedAutoencoder(
         encoder,
@@ -76,7 +76,7 @@ def build_task(config: PretrainConfig, world: "World", checkpoint: Path | None) 
         norm_pix_loss=config.norm_pix_loss,
     )
     if checkpoint is not None:
-        saved, _ = read_weights(checkpoint, flag="--output-dir")
+        saved, _ = read_weights(checkpoint)
         model.load_state_dict({_engine_name(name): tensor for name, tensor in saved.items()})
     initial = {name.removeprefix(PREFIX): tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
