@@ -2,8 +2,8 @@
 
 python tests/soak.py [--kills 100] [--record FILE.csv]
 
-Prints a line for each kind of fault and appends it to FILE: what was tried, how often, and how often it failed. Takes about a
-quarter of an hour on two quiet cores.
+Prints a line for each kind of fault and appends it to FILE: what was tried, how often, and how often it failed. Takes
+about a quarter of an hour on two quiet cores.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def starter(ranks: int, *flags: str):
 
 
 def killed(folder: Path, images: Path, teacher: Path, ranks: int, count: int) -> dict:
-    """`count` SIGKILLs into the writing of checkpoints, each followed by the same command; then the whole run is compared."""
+    """`count` SIGKILLs into the writing of checkpoints, each followed by the same command; then whole runs are compared."""
     tally, rng, rounds = kills.Tally(), random.Random(ranks), 0
     while tally.kills < count:
         rounds += 1

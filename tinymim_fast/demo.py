@@ -17,7 +17,7 @@ from tinymim_fast.errors import EXIT_INPUT, InputError
 
 HERE = Path(__file__).parent
 NUM_STAGES = 5
-PICTURED, NUM_QUERIES = 0, 4  # which image of the validation part, and how many of its patches
+PICTURED, NUM_QUERIES = "val/star/00005.jpg", 4  # whose relations are drawn, and of how many of its patches
 SHOWN_ON_FAILURE = 15  # lines of the log
 STEP = re.compile(r"step (\d+)/(\d+) .*?\bloss (\S+)")
 
@@ -30,6 +30,7 @@ class Stages:
         self._live = sys.stdout.isatty()
 
     def begin(self, what: str) -> None:
+        """Say what the next stage does."""
         self._number += 1
         self._quarters = 0
         self._line, self._began = f"[{self._number}/{NUM_STAGES}] {what}", time.monotonic()
@@ -46,6 +47,7 @@ class Stages:
             print(f"      {where}", flush=True)
 
     def end(self, result: str = "") -> None:
+        """Say what came of the stage and how long it took; on a terminal in the stage's own line."""
         start = f"\r\033[K{self._line}: " if self._live else "      "
         seconds = f"{time.monotonic() - self._began:.0f} s"
         print(start + (f"{result}, {seconds}" if result else seconds), flush=True)
@@ -121,7 +123,7 @@ def tell_story(stages: Stages, out: Path, log: Path) -> None:
 
     stages.begin("drawing what the student learnt")
     picture = out / "relations.png"
-    picture_relations(picture, sorted(images.glob("val/*/*"))[PICTURED], str(teacher), str(exported))
+    picture_relations(picture, images / PICTURED, str(teacher), str(exported))
     stages.end()
 
     print(f"\n{'k-NN on images of neither training':34s}  top-1 %")
@@ -181,11 +183,11 @@ def picture_relations(path: Path, image_file: Path, teacher: str, student: str) 
     for relation, of_model in rows.items():
         kl = {who: head_kl(of_model["teacher"], r).mean() for who, r in of_model.items()}
         maps[f"{relation[0].upper()} {relation[1].upper()}\u1d40"] = {
-            who if who == "teacher" else f"{who}, KL {kl[who]:.3f}": patches[queries].numpy()
+            f"{who}\n" + ("" if who == "teacher" else f"KL {kl[who]:.3f}"): patches[queries].numpy()
             for who, patches in on_patches[relation].items()
         }
     title = (
-        "What the framed patch relates to, mean over heads: the teacher, and the student before and after distillation"
+        "What the framed patch relates to (mean over heads); KL: how far from the teacher in nats, mean over the image"
     )
     draw_relation_maps(path, np.asarray(pixels), grid, queries, maps, title=title)
 
