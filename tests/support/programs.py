@@ -2,7 +2,7 @@
 
 Three ways to have a run, the cheapest that shows the thing (seconds of a run of 18 steps, two cores):
 
-- in this process, the fixture `world` and `training.train(config, world, build_task)`: 0.6 s. For what is trained and
+- in this process, the fixture `world` and `support.runs.distil(world, *flags)`: 0.6 s. For what is trained and
   saved.
 - `start_forked("train", *flags)` or `run_forked(...)`: 1.2 s. A process of its own in a session of its own, for
   signals, kills, hangs, exit codes and output: forked from a Python that has imported everything already (see
