@@ -7,7 +7,8 @@ deliberate regression is accepted by a line in benchmarks/NOTES.md that the pred
 
 Aot-accept: REASON
 
-Reports of different Triton versions are not compared: what another compiler makes of the same kernels is no regression of theirs.
+Reports of different Triton versions are not compared: what another compiler makes of the same kernels is no regression
+of theirs.
 """
 
 import csv
@@ -17,14 +18,16 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import machine
+
 ROOT = Path(__file__).parent.parent
 REPORT = "benchmarks/results/aot_report.csv"
 NOTES = "benchmarks/NOTES.md"
 ACCEPT = "Aot-accept:"
 PROBLEM = "target", "num_tokens", "head_dim_s", "head_dim_t", "dtype", "use"
 TILE = "block_queries", "block_keys", "num_warps"
-# The report rounds to 0.1 instructions, 0.001 MUFU and 0.1 us. Beyond that, 0.5 %: some five instructions of the thousand
-# in a block, which ptxas moves by when it schedules the same code differently.
+# The report rounds to 0.1 instructions, 0.001 MUFU and 0.1 us. Beyond that, 0.5 %: some five instructions of the
+# thousand in a block, which ptxas moves by when it schedules the same code differently.
 # Simulated times move further for the same reason, 2 %: waits begin and end elsewhere.
 ROUNDING = {"instructions_per_element": 0.1, "mufu_per_element": 0.001, "issue_us": 0.1, "simulated_us": 0.1}
 RELATIVE = {"instructions_per_element": 0.005, "mufu_per_element": 0.005, "issue_us": 0.005, "simulated_us": 0.02}
@@ -50,9 +53,9 @@ class NoPredecessor(Exception):
 def compare(before: list[Row], after: list[Row]) -> tuple[list[Regression], list[str]]:
     """What got worse, and the rows that vanished though their problem is still reported.
 
-    A kernel's instructions and MUFU an element are compared while its tile is the same: of another tile other elements are
-    padding. Across tiles and kernels, issue time and simulated time of the whole problem count. More registers are fine while as many
-    warps fit on an SM. A problem that is no longer reported is worse; new rows are fine.
+    A kernel's instructions and MUFU an element are compared while its tile is the same: of another tile other elements
+    are padding. Across tiles and kernels, issue time and simulated time of the whole problem count. More registers are
+    fine while as many warps fit on an SM. A problem that is no longer reported is worse; new rows are fine.
     """
     old, new = _by_kernel(before), _by_kernel(after)
     problems = {problem for problem, _ in new}
@@ -87,10 +90,10 @@ def made_with(rows: list[Row]) -> str:
 
 
 def table(regressions: list[Regression]) -> str:
+    """A line for each figure that got worse."""
     cells = [("problem", "kernel", "figure", "before", "after")]
     cells += [(r.problem, r.kernel, r.figure, r.before, r.after) for r in regressions]
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in cells)
+    return machine.aligned(cells)
 
 
 def predecessor(root: Path) -> str:
@@ -180,6 +183,7 @@ def _more(before: str, after: str, slack: float) -> bool:
 
 
 def main() -> None:
+    """Print the difference; exit code 1 where something got worse."""
     try:
         worse, vanished = check()
     except NoPredecessor as error:

@@ -25,16 +25,16 @@ from itertools import product
 from pathlib import Path
 from statistics import fmean
 
-import latency
-import sass
-import sm_model
 import torch
 import triton
-from sass import Instruction
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
+import latency
+import sass
+import sm_model
+from sass import Instruction
 from tinymim_fast.kernels import tiles, triton_backend
 from tinymim_fast.kernels.operands import Launch, Operands
 
@@ -130,8 +130,7 @@ def operands(num_tokens: int, head_dim_s: int, head_dim_t: int, dtype: str, use:
         scale_t=head_dim_t**-0.5,
         lengths=torch.empty(NUM_IMAGES, dtype=torch.int64, device=device) if use in ("qk+vv", "rows") else None,
         weights=weights if use == "rows" else None,
-        codes_x=(0, 2) if both else (0,),
-        codes_y=(1, 2) if both else (1,),
+        relations=((0, 1), (2, 2)) if both else ((0, 1),),
         stride_s_p=NUM_HEADS * head_dim_s if packed else 0,
         stride_t_p=NUM_HEADS * head_dim_t if packed else 0,
         stride_d_p=NUM_HEADS * head_dim_s if packed else 0,
@@ -182,6 +181,7 @@ def simulated_us(target: str, launch: Launch, code: list[Instruction], blocks: i
 def nvidia_row(
     target: str, launch: Launch, compiled: CompiledKernel, num_tokens: int, with_itself: bool = False
 ) -> dict:
+    """Figures of a cubin, static ones and those of the path that is executed."""
     code, registers = sass.disassembled(compiled.asm["cubin"])
     arguments = launch.arguments
     own, other = block_sizes(arguments)
@@ -191,11 +191,11 @@ def nvidia_row(
     returns_at_once = bool(arguments.get("EXACT")) and arguments["flags_ptr"] is not None
     # Of two relations, that of v with itself has a longer way out.
     traces = [
-        sass.executed(code, (num_iterations,), returns_at_once, long_way_out)
+        sass.executed(code, num_iterations, returns_at_once, long_way_out)
         for long_way_out in ((False, True) if with_itself and not returns_at_once else (False,))
     ]
     counts = Counter(code[i].opcode for i in traces[0])
-    in_loop = Counter(code[i].opcode for i in sass.executed(code, (num_iterations,)))
+    in_loop = Counter(code[i].opcode for i in sass.executed(code, num_iterations))
     blocks = sass.blocks_per_sm(registers, compiled.metadata.shared, launch.num_warps, sm_model.GPUS[target].limits)
     lanes = 32 * launch.num_warps
     elements = resident * looped * num_iterations / lanes
@@ -224,6 +224,7 @@ def nvidia_row(
 
 
 def amd_row(compiled: CompiledKernel) -> dict:
+    """Figures that the assembly states."""
     assembly = compiled.asm["amdgcn"]
 
     def value(name: str) -> int:
@@ -239,12 +240,14 @@ def amd_row(compiled: CompiledKernel) -> dict:
 
 
 def block_sizes(arguments: dict) -> tuple[int, int]:
+    """Queries and keys of a tile; of the tiled gradient, own rows and others."""
     if "BLOCK_OWN" in arguments:
         return arguments["BLOCK_OWN"], arguments["BLOCK_OTHER"]
     return arguments["BLOCK_QUERIES"], arguments["BLOCK_KEYS"]
 
 
 def name_of(launch: Launch) -> str:
+    """The kernel, with what of its flags makes it another one."""
     name = launch.kernel.__name__.removesuffix("_kernel")
     if name == "single_pass":
         return name + ("_exact" if launch.arguments["EXACT"] else "")
@@ -254,6 +257,7 @@ def name_of(launch: Launch) -> str:
 
 
 def rows_of(target: str, shape: tuple[int, int, int, str, str]) -> list[Row]:
+    """A row for each launch of a problem."""
     num_tokens, head_dim_s, head_dim_t, dtype, use = shape
     relation = operands(*shape)
     _, launches = triton_backend.plan(relation, tiles.choose(triton_backend.problem(relation, arch=target)))
@@ -286,12 +290,14 @@ def rows_of(target: str, shape: tuple[int, int, int, str, str]) -> list[Row]:
 
 
 def report(targets: list[str]) -> Iterator[Row]:
+    """All rows, in order, compiled in parallel."""
     with ProcessPoolExecutor() as pool:
         for rows in pool.map(rows_of, *zip(*product(targets, SHAPES))):
             yield from rows
 
 
 def parse_args() -> argparse.Namespace:
+    """Flags."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=list(TARGETS))
@@ -300,6 +306,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def main() -> None:
+    """Write the report."""
     args = parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
         sys.exit("TRITON_INTERPRET: got 1, want it unset: interpreted kernels are not compiled")

@@ -1,25 +1,20 @@
-"""Timing, memory, correctness gate and result files that every benchmark here shares."""
+"""Timing, memory, the correctness gate, and what becomes of a step that fails."""
 
 from __future__ import annotations
 
-import csv
-import datetime
+import gc
 import itertools
 import math
 import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
-
-import machine
 
 # A checkout needs no installation; where one is installed, that is what is measured.
 sys.path.append(str(Path(__file__).parent.parent))
@@ -35,57 +30,6 @@ MIN_REPEATS, MAX_REPEATS = 5, 50
 MIN_BLOCK_MS = 10.0
 
 
-def default_device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def environment(device: torch.device) -> dict[str, str | int]:
-    """The columns that describe machine and software, the last of every result file."""
-    cuda = device.type == "cuda"
-    return {
-        "device_type": device.type,
-        "device": torch.cuda.get_device_name(device) if cuda else machine.cpu_name(),
-        "driver": machine.driver() if cuda else "",
-        "num_threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "commit": machine.commit(),
-        "date": datetime.date.today().isoformat(),
-    }
-
-
-class ResultFile:
-    """Rows of one kind, with the environment, in a CSV that is whole after each of them: an interrupted run keeps its rows.
-
-    Args:
-        path: overwritten with the first row, its folder is made; None keeps the rows in `rows` only.
-        device: what was measured.
-    """
-
-    def __init__(self, path: Path | None, device: torch.device) -> None:
-        self.path, self.environment = path, environment(device)
-        self.rows: list[dict[str, Any]] = []
-
-    def add(self, row: Any) -> None:
-        """Append a dataclass or a mapping; all must have the same columns."""
-        values = {**(asdict(row) if is_dataclass(row) else row), **self.environment}
-        assert not self.rows or list(values) == list(self.rows[0])
-        if self.path is not None:
-            first = not self.rows
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("w" if first else "a", newline="") as file:
-                writer = csv.DictWriter(file, list(values), lineterminator="\n")
-                if first:
-                    writer.writeheader()
-                writer.writerow(values)
-        self.rows.append(values)
-
-
-def read_csv(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def relative_error(actual: Tensor, exact: Tensor) -> float:
     """Largest error over the largest entry of `exact`; NaN where `actual` is not finite."""
     return ((actual.double() - exact).abs().max() / exact.abs().max()).item()
@@ -94,21 +38,6 @@ def relative_error(actual: Tensor, exact: Tensor) -> float:
 def passes_gate(error: float, eager_error: float, dtype: torch.dtype) -> bool:
     """The rule of the tests: at most twice the error of eager PyTorch in the same dtype, plus a floor."""
     return error <= 2 * eager_error + FLOORS[dtype]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Times:
-    """Milliseconds of a step, one number a repeat, each the mean over `steps_per_repeat` steps."""
-
-    step_ms: list[float]
-    steps_per_repeat: int
-
-    def columns(self) -> dict[str, float | int]:
-        return {
-            **percentiles(self.step_ms),
-            "num_repeats": len(self.step_ms),
-            "steps_per_repeat": self.steps_per_repeat,
-        }
 
 
 class StepError(Exception):
@@ -125,8 +54,8 @@ def time_interleaved(
     device: torch.device,
     seconds: float = 10.0,
     num_repeats: int | None = None,
-) -> dict[str, Times]:
-    """Times of all steps in alternation, so that a busy spell or a hot chip hits everyone.
+) -> dict[str, dict[str, float | int]]:
+    """The columns TIMES of all steps in alternation, so that a busy spell or a hot chip hits everyone.
 
     On CUDA, a repeat is as many steps behind one another as fill MIN_BLOCK_MS, between two events: what a loop that
     does not wait for the device sees; one more before them is not timed, in which the allocator takes back what the
@@ -154,7 +83,10 @@ def time_interleaved(
             if cuda:
                 timed(name, step, 1, device)
             times[name].append(timed(name, step, steps_per_repeat[name], device))
-    return {name: Times(step_ms=times[name], steps_per_repeat=steps_per_repeat[name]) for name in steps}
+    return {
+        name: {**percentiles(step_ms), "num_repeats": len(step_ms), "steps_per_repeat": steps_per_repeat[name]}
+        for name, step_ms in times.items()
+    }
 
 
 def timed(name: str, step: Callable[[], object], num_steps: int, device: torch.device) -> float:
@@ -182,6 +114,54 @@ def percentiles(step_ms: list[float]) -> dict[str, float]:
     fifths = statistics.quantiles(step_ms, n=5, method="inclusive") if len(step_ms) > 1 else step_ms * 4
     times = {"step_ms": statistics.median(step_ms), "step_ms_p20": fifths[0], "step_ms_p80": fifths[3]}
     return {name: round(value, 4) for name, value in times.items()}
+
+
+def measure(
+    steps: Mapping[str, Callable[[], object]], gate: Callable[[str], dict[str, Any]], **timing: Any
+) -> dict[str, dict[str, Any]]:
+    """Columns by provider: those that pass the gate are timed, those that fail in any way say why.
+
+    Args:
+        steps: of each provider.
+        gate: columns of a provider, "status" among them; only OK goes on.
+        timing: device, seconds and num_repeats, as for time_interleaved.
+    """
+    device = timing["device"]
+    columns: dict[str, dict[str, Any]] = {}
+    running = {}
+    for name, step in steps.items():
+        columns[name] = {}
+        try:
+            columns[name] = gate(name)
+            if columns[name]["status"] == OK:
+                step()
+                columns[name]["peak_extra_mib"] = peak_extra_mib(step, device)
+                running[name] = step
+        except Exception as error:
+            columns[name] |= failure(error)
+        release(device)
+    while running:
+        try:
+            for name, times in time_interleaved(running, **timing).items():
+                columns[name] |= times
+            break
+        except StepError as error:
+            columns[error.name] |= failure(error.__cause__)
+            del running[error.name]
+        release(device)
+    return columns
+
+
+def failure(error: BaseException) -> dict[str, str]:
+    """The columns of a provider that raised: out of memory is a result, anything else is not available."""
+    return {"status": OUT_OF_MEMORY if is_out_of_memory(error) else NOT_AVAILABLE, "detail": one_line(error)}
+
+
+def release(device: torch.device) -> None:
+    """Give back what a failed or a finished provider left, so that the next one finds the memory as the first did."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def peak_extra_mib(step: Callable[[], object], device: torch.device) -> float:

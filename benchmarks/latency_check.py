@@ -11,14 +11,14 @@ prints measured over simulated: the factor by which to read the simulated times 
 import math
 from dataclasses import dataclass
 
-import sass
 import torch
 import triton
 import triton.language as tl
+
+import sass
 from aot_report import TARGETS, compile_launch, operands
 from latency import clocks_per_block, microseconds
 from sm_model import GPUS, MIDDLE, OPTIMISTIC, PESSIMISTIC
-
 from tinymim_fast.kernels import tiles, triton_backend
 from tinymim_fast.kernels.operands import Launch
 
@@ -116,8 +116,7 @@ def simulated_us(launch: Launch, num_iterations: int) -> list[float]:
     times = []
     for latencies in (OPTIMISTIC, MIDDLE, PESSIMISTIC):
         clocks = [
-            clocks_per_block(code, sass.executed(code, (n,)), launch.num_warps, slots, latencies)
-            for n in (few, more)
+            clocks_per_block(code, sass.executed(code, n), launch.num_warps, slots, latencies) for n in (few, more)
         ]
         an_iteration = (clocks[1] - clocks[0]) / (more - few) if more > few else 0.0
         clocks_in_all = clocks[1] + an_iteration * (num_iterations - more)

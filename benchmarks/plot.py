@@ -1,13 +1,15 @@
-"""Pictures of relation_loss.py's result files: time, extra memory and share of the floor.
+"""Pictures of the result files of relation_loss.py and data_loading.py.
 
 python benchmarks/plot.py benchmarks/results/relation_loss_cpu.csv --output-dir benchmarks/results
 
-One file for each sweep and quantity that the rows have, <name of the CSV>_<sweep>_<quantity>.png.
+One file for each sweep and quantity that the rows have, <name of the CSV>_<sweep>_<quantity>.png: time, extra memory
+and share of the floor of a loss, images/s of a loader and how long a loop waits for it.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,62 +21,62 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, NullLocator, PercentFormatter
 
-import harness
+from labels import OURS, in_order, label, our_row
 
 Rows = list[dict[str, str]]
-
-
-@dataclass(frozen=True)
-class Style:
-    color: str  # Okabe and Ito's palette, told apart with any colour vision
-    marker: str
-
-
-STYLES = {
-    "official": Style("#222222", "s"),
-    "eager": Style("#D55E00", "D"),
-    "compile": Style("#CC79A7", "^"),
-    "compile_padded": Style("#7F7F7F", "v"),
-    "chunked": Style("#0072B2", "o"),
-    "triton": Style("#009E73", "o"),
-}
-OURS = ("triton", "chunked")
 PEER_BAR, INK, FAINT = "#B4B4B4", "#222222", "#666666"
 
 
 @dataclass(frozen=True)
 class Quantity:
-    """A column of the result file; `scale` turns it into what is drawn."""
+    """A column of the result file, and how it is drawn; a share goes from 0 to 1 and has no ratios."""
 
     name: str
     column: str
     label: str
-    log: bool
+    share: bool = False
 
 
-QUANTITIES = [
-    Quantity("time", "step_ms", "time of a step (ms)", log=True),
-    Quantity("memory", "peak_extra_mib", "extra memory at its peak (MiB)", log=True),
-    Quantity("roof", "floor_share", "floor / time: at 100 % nothing is left to gain", log=False),
-]
-# Column on the x axis and its label, of the sweeps over a number.
+# By benchmark.
+QUANTITIES = {
+    "relation_loss": [
+        Quantity("time", "step_ms", "time of a step (ms)"),
+        Quantity("memory", "peak_extra_mib", "extra memory at its peak (MiB)"),
+        Quantity("roof", "floor_share", "floor / time: at 100 % nothing is left to gain", share=True),
+    ],
+    "data_loading": [
+        Quantity("rate", "images_per_s", "images/s"),
+        Quantity("wait", "wait_share", "share of the time in which the loop waits", share=True),
+    ],
+}
+# Column on the x axis and its label, of the sweeps over a number that are drawn as lines.
 NUMERIC = {
     "tokens": ("num_tokens", "tokens N"),
     "batch": ("batch_size", "images in a batch"),
     "head-dim": ("head_dim_s", "student's head width"),
+    "workers": ("num_workers", "workers"),
 }
 # Column that names the groups of bars, of the other sweeps.
-GROUPS = {"presets": ("preset", "ViT-{}"), "layout": ("layout", "{}"), "dtype": ("dtype", "{}")}
+GROUPS = {
+    "presets": ("preset", "ViT-{}"),
+    "layout": ("layout", "{}"),
+    "dtype": ("dtype", "{}"),
+    "views": ("views", "views: {}"),
+    "source": ("source", "{}"),
+    "pause": ("pause_ms", "steps of {} ms"),
+}
 PLAIN = FuncFormatter(lambda value, _: f"{value:,g}")
-MODES = {"forward": "forward", "forward_backward": "forward + backward"}
+PERCENT = PercentFormatter(xmax=1, decimals=0)
+MODES = {"forward": "forward", "forward_backward": "forward + backward", "": ""}
 
 
 def figures(rows: Rows) -> Iterator[tuple[str, Figure]]:
     """Name and picture of everything that the rows of one result file allow."""
-    for sweep in dict.fromkeys(row["sweep"] for row in rows):
+    rows = [{"mode": "", **row} for row in rows]
+    for sweep in dict.fromkeys(row["sweep"] for row in rows if row["sweep"] in NUMERIC | GROUPS):
         of_sweep = [row for row in rows if row["sweep"] == sweep]
-        for quantity in QUANTITIES:
-            if not any(row[quantity.column] for row in of_sweep):
+        for quantity in QUANTITIES[rows[0]["benchmark"]]:
+            if not any(row[quantity.column] for row in of_sweep) or (quantity.name == "wait" and sweep != "pause"):
                 continue
             if sweep in NUMERIC:
                 yield f"{sweep}_{quantity.name}", lines(of_sweep, quantity, *NUMERIC[sweep])
@@ -89,14 +91,14 @@ def lines(rows: Rows, quantity: Quantity, column: str, x_label: str) -> Figure:
     for axes, mode in zip(all_axes, modes):
         of_mode = [row for row in rows if row["mode"] == mode]
         ends = []
-        for provider in by_provider(of_mode):
+        for provider in in_order(row["provider"] for row in of_mode):
             series = sorted((r for r in of_mode if r["provider"] == provider), key=lambda r: int(r[column]))
             measured = [row for row in series if row[quantity.column]]
             if not measured:
                 continue
             x = [int(row[column]) for row in measured]
             y = [float(row[quantity.column]) for row in measured]
-            style, mine = STYLES[provider], provider in OURS
+            style, mine = label(provider), provider in OURS
             axes.plot(
                 x,
                 y,
@@ -108,7 +110,7 @@ def lines(rows: Rows, quantity: Quantity, column: str, x_label: str) -> Figure:
             )
             if quantity.column == "step_ms":
                 axes.vlines(x, *percentile_ends(measured), color=style.color, linewidth=1, alpha=0.6)
-            missing = next((row for row in series if row["status"] != harness.OK and int(row[column]) > x[-1]), None)
+            missing = next((row for row in series if not row[quantity.column] and int(row[column]) > x[-1]), None)
             note = f"{provider} ({missing['status']})" if missing else provider
             ends.append((x[-1], y[-1], note, style.color, mine))
         ticks = sorted({int(row[column]) for row in of_mode})
@@ -128,7 +130,7 @@ def bars(rows: Rows, quantity: Quantity, column: str, name: str) -> Figure:
     """A group for each value of the column, a bar for each provider, its number and ratio to ours beside it."""
     modes = [mode for mode in MODES if any(row["mode"] == mode for row in rows)]
     groups = list(dict.fromkeys(row[column] for row in rows))
-    providers = by_provider(rows)
+    providers = in_order(row["provider"] for row in rows)
     height = 1.6 + 0.27 * (len(providers) + 1) * len(groups)
     figure, all_axes = blank(
         rows, width=max(7.6, 6.4 * len(modes)), height=height, num_axes=len(modes), fixed_but=column
@@ -137,7 +139,7 @@ def bars(rows: Rows, quantity: Quantity, column: str, name: str) -> Figure:
         drawn = [float(row[quantity.column]) for row in rows if row["mode"] == mode and row[quantity.column]]
         if not drawn:
             continue
-        axes.set_xlim(0, 1 if quantity.column == "floor_share" else 1.38 * max(drawn))
+        axes.set_xlim(0, 1 if quantity.share else 1.38 * max(drawn))
         ticks, labels = [], []
         y = 0.0
         for group in groups:
@@ -145,7 +147,7 @@ def bars(rows: Rows, quantity: Quantity, column: str, name: str) -> Figure:
             if not of_group:
                 continue
             axes.text(0, y, name.format(group) if group else "", fontsize=10, fontweight="bold", color=INK, va="center")
-            mine = next((r for p in OURS for r in of_group if r["provider"] == p and r[quantity.column]), None)
+            mine = our_row(of_group, quantity.column)
             for row in sorted(of_group, key=lambda row: providers.index(row["provider"])):
                 y += 1
                 provider = row["provider"]
@@ -155,7 +157,7 @@ def bars(rows: Rows, quantity: Quantity, column: str, name: str) -> Figure:
                     axes.text(0, y, f" {row['status']}", fontsize=9, color=FAINT, va="center", style="italic")
                     continue
                 value = float(row[quantity.column])
-                color = STYLES[provider].color if provider in OURS else PEER_BAR
+                color = label(provider).color if provider in OURS else PEER_BAR
                 axes.barh(y, value, height=0.78, color=color)
                 end = value
                 if quantity.column == "step_ms":
@@ -170,14 +172,13 @@ def bars(rows: Rows, quantity: Quantity, column: str, name: str) -> Figure:
         axes.grid(axis="y", visible=False)
         axes.set_xlabel(quantity.label + ("; lines: 20th to 80th percentile" if quantity.column == "step_ms" else ""))
         axes.set_title(MODES[mode], loc="left", fontsize=11, color=INK)
-        percent = quantity.column == "floor_share"
-        axes.xaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=0) if percent else PLAIN)
+        axes.xaxis.set_major_formatter(PERCENT if quantity.share else PLAIN)
     return figure
 
 
 def bar_label(value: float, row: dict[str, str], mine: dict[str, str] | None, quantity: Quantity) -> str:
     """The number, and for a peer how many times ours it is."""
-    if quantity.column == "floor_share":
+    if quantity.share:
         return f"{value:.0%}"
     number = f"{value:,.0f}" if value >= 100 else f"{value:#.3g}"
     if mine is None or row["provider"] in OURS or not float(mine[quantity.column]):
@@ -186,21 +187,17 @@ def bar_label(value: float, row: dict[str, str], mine: dict[str, str] | None, qu
 
 
 def percentile_ends(rows: Rows) -> tuple[list[float], list[float]]:
+    """20th and 80th percentiles of the times."""
     return tuple([float(row[name]) for row in rows] for name in ("step_ms_p20", "step_ms_p80"))
 
 
-def by_provider(rows: Rows) -> list[str]:
-    present = {row["provider"] for row in rows}
-    return [provider for provider in STYLES if provider in present]
-
-
 def scale_y(axes: Axes, quantity: Quantity) -> None:
-    if quantity.log:
-        axes.set_yscale("log")
-        axes.yaxis.set_major_formatter(PLAIN)
-    else:
+    """Shares from 0 to at least 100 %, everything else in logarithmic steps."""
+    if quantity.share:
         axes.set_ylim(0, max(1.0, axes.get_ylim()[1]))
-        axes.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=0))
+    else:
+        axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(PERCENT if quantity.share else PLAIN)
 
 
 def name_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str, bool]], gap: float = 12.0) -> None:
@@ -237,10 +234,12 @@ def spread(wanted: Sequence[float], gap: float) -> list[float]:
 
 
 def low(cluster: Sequence[float], gap: float) -> float:
+    """Where a cluster begins: as far below the mean of what it wanted as it will end above."""
     return sum(cluster) / len(cluster) - gap * (len(cluster) - 1) / 2
 
 
 def high(cluster: Sequence[float], gap: float) -> float:
+    """Where it ends."""
     return low(cluster, gap) + gap * (len(cluster) - 1)
 
 
@@ -256,7 +255,8 @@ def blank(rows: Rows, *, width: float, height: float, num_axes: int, fixed_but: 
         axes.tick_params(colors=INK, labelsize=9.5)
         axes.grid(color="#E6E6E6", linewidth=0.8)
         axes.set_axisbelow(True)
-    title = "Relation loss, " + " and ".join(rows[0]["relations"].upper().split("+"))
+    loss = rows[0]["benchmark"] == "relation_loss"
+    title = "Relation loss, " + " and ".join(rows[0]["relations"].upper().split("+")) if loss else "Loading images"
     figure.text(0.01, 1 - 0.1 / height, title, fontsize=12, fontweight="bold", color=INK, va="top")
     figure.text(0.01, 1 - 0.34 / height, what_is_fixed(rows, fixed_but), fontsize=9.5, color=INK, va="top")
     figure.text(0.01, 0.08 / height, footer(rows[0]), fontsize=7.5, color=FAINT, va="bottom")
@@ -264,24 +264,26 @@ def blank(rows: Rows, *, width: float, height: float, num_axes: int, fixed_but: 
 
 
 def what_is_fixed(rows: Rows, fixed_but: str) -> str:
-    def fixed(column: str, text: str) -> str:
-        values = {row[column] for row in rows}
-        return text.format(values.pop()) if len(values) == 1 and column != fixed_but else ""
-
-    parts = [
-        fixed("preset", "ViT-{}") if rows[0]["preset"] else "",
-        fixed("batch_size", "{} images"),
-        fixed("num_heads", "{} heads"),
-        fixed("num_tokens", "{} tokens"),
-        fixed("head_dim_s", "student's head width {}"),
-        fixed("head_dim_t", "teacher's {}"),
-        fixed("dtype", "{}"),
-        fixed("layout", "{} projections"),
-    ]
-    return ", ".join(part for part in parts if part)
+    """What all rows have in common, but for the column that varies."""
+    texts = {
+        "preset": "ViT-{}",
+        "batch_size": "{} images",
+        "num_heads": "{} heads",
+        "num_tokens": "{} tokens",
+        "head_dim_s": "student's head width {}",
+        "head_dim_t": "teacher's {}",
+        "dtype": "{}",
+        "layout": "{} projections",
+        "views": "views: {}",
+        "num_workers": "{} workers",
+        "kib_per_image": "{} KiB an image",
+    }
+    values = {column: {row.get(column, "") for row in rows} for column in texts if column != fixed_but}
+    return ", ".join(texts[c].format(*found) for c, found in values.items() if len(found) == 1 and found != {""})
 
 
 def footer(row: dict[str, str]) -> str:
+    """Machine, versions, commit and date."""
     threads = f"{row['num_threads']} threads" if row["device_type"] == "cpu" else f"driver {row['driver']}"
     return (
         f"{row['device']}, {threads}, torch {row['torch']}, triton {row['triton']}, commit {row['commit']}, "
@@ -290,6 +292,7 @@ def footer(row: dict[str, str]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    """Draw what the files allow; a file of another benchmark is named and passed over."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("results", nargs="+", type=Path, metavar="CSV")
@@ -298,9 +301,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for path in args.results:
         if not path.is_file():
             parser.error(f"{path}: no such file; python benchmarks/relation_loss.py --output {path} makes it")
-        rows = harness.read_csv(path)
-        if not rows or rows[0].get("benchmark") != "relation_loss" or "sweep" not in rows[0]:
-            print(f"{path}: no rows of relation_loss, no picture", file=sys.stderr)
+        with path.open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        if not rows or rows[0].get("benchmark") not in QUANTITIES:
+            print(f"{path}: no rows of {' or '.join(QUANTITIES)}, no picture", file=sys.stderr)
             continue
         args.output_dir.mkdir(parents=True, exist_ok=True)
         for name, figure in figures(rows):

@@ -95,6 +95,8 @@ def compiled(provider: Provider) -> Provider:
 
 
 def ours(backend: str) -> Provider:
+    """A backend of this package, by whichever public function takes the layout."""
+
     def loss(student: Side, teacher: Side, num_heads: int, relations: Sequence[str]) -> Tensor:
         if isinstance(student, Tensor):
             return relation_loss(student, teacher, relation_heads=num_heads, relations=relations, backend=backend)[
@@ -114,4 +116,3 @@ PROVIDERS: dict[str, Provider] = {
     "chunked": ours("chunked"),
     "triton": ours("triton"),
 }
-OURS = ("triton", "chunked")

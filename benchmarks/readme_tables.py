@@ -1,4 +1,4 @@
-"""The README's performance and proof sections, from the result files in benchmarks/results.
+"""The README's performance, proof and reliability sections, from benchmarks/results and the marks on tests.
 
 python benchmarks/readme_tables.py        rewrites README.md (make readme-tables)
 
@@ -12,24 +12,11 @@ import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import reliability
+from labels import OURS, in_order, label, our_row
+
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-NAMES = {
-    "official": "official formula",
-    "eager": "log-softmax, eager",
-    "compile": "`torch.compile`",
-    "compile_padded": "`torch.compile`, shape padding",
-    "chunked": "**`chunked`**",
-    "triton": "**`triton`**",
-}
-OURS = "triton", "chunked"
-LOADERS = {
-    "dali_mixed": "**DALI**, decoding on the GPU",
-    "dali_cpu": "**DALI**",
-    "fallback": "`--loader torchvision`",
-    "torchvision": "torchvision, PIL",
-    "torchvision_v2": "torchvision, `v2` on tensors",
-}
 # What is proven, how on a CPU (CI), and the parts of run_all.py that must have passed on a GPU.
 PROOFS = [
     (
@@ -64,7 +51,7 @@ def read_rows(folder: Path, name: str = "*.csv") -> list[Row]:
 
 
 def newest(rows: Iterable[Row], benchmark: str, **where: str) -> dict[str, list[Row]]:
-    """Rows of one benchmark by device in whose columns these values stand, of the last date on which it was run there."""
+    """Rows of one benchmark by device in whose columns these values stand, of the last date on which it ran there."""
     by_device: dict[str, list[Row]] = {}
     for row in rows:
         if row["benchmark"] == benchmark and all(row[name] == value for name, value in where.items()):
@@ -90,10 +77,6 @@ def point_of(row: Row) -> Row:
     return {name: row[name] for name in names[: names.index("provider")]}
 
 
-def ours_of(providers: dict[str, Row]) -> Row | None:
-    return next((providers[name] for name in OURS if name in providers and providers[name]["step_ms"]), None)
-
-
 def headline(rows: list[Row]) -> str:
     """The key figure of one file's rows: the first point, which is the most important, in one line.
 
@@ -101,7 +84,7 @@ def headline(rows: list[Row]) -> str:
         ValueError: nothing of ours was timed there.
     """
     providers = by_provider(rows, **point_of(rows[0])) if rows else {}
-    ours = ours_of(providers)
+    ours = our_row(providers.values())
     if ours is None:
         raise ValueError(f"no time of {' or '.join(OURS)} in the first rows")
     peers = [f"{row['provider']} {_ratio(row, ours)}" for row in providers.values() if row is not ours]
@@ -151,22 +134,24 @@ def device_section(losses: list[Row], steps: list[Row]) -> str:
         columns.append((f"step {pair}", by_provider(of_pair, models=of_pair[0]["models"]), "images/s"))
     table = [["", *(name for name, _, _ in columns)]]
     found = {provider for _, rows, _ in columns for provider in rows}
-    for provider in [*(name for name in NAMES if name in found), *sorted(found - NAMES.keys())]:
-        table.append([NAMES.get(provider, provider), *(_cell(provider, rows, unit) for _, rows, unit in columns)])
+    for provider in in_order(found):
+        table.append([label(provider).name, *(_cell(provider, rows, unit) for _, rows, unit in columns)])
     threads = f", {first['num_threads']} threads" if first["device_type"] == "cpu" else ""
     relations = first["relations"].upper().replace("+", " + ")
     batches = " and ".join(dict.fromkeys(row["batch_size"] for row in losses))
     how = (
-        f"**{first['device']}{threads}**: milliseconds for {relations} and the student's gradient, from packed projections, {first['dtype']}, batch {batches}, "
-        f"N = {first['num_tokens']}, and how many times our time that is. Medians of interleaved repeats; each provider is first held against fp64. "
+        f"**{first['device']}{threads}**: milliseconds for {relations} and the student's gradient, from packed "
+        f"projections, {first['dtype']}, batch {batches}, N = {first['num_tokens']}, and how many times our time that "
+        "is. Medians of interleaved repeats; each provider is first held against fp64. "
         f"{first['date']}, commit {first['commit']}, torch {first['torch']}: `python benchmarks/relation_loss.py`."
     )
     if steps:
         step = steps[0]
         models = {"compile": "compiled models", "eager": "eager models"}[step["models"]]
         how += (
-            f" Step: images/s of whole distillation steps on random images, {step['dtype']}, batch {step['batch_size']}, {models}; "
-            f"{step['date']}, commit {step['commit']}: `python benchmarks/train_step.py`."
+            f" Step: images/s of whole distillation steps on random images, {step['dtype']}, batch "
+            f"{step['batch_size']}, {models}; {step['date']}, commit {step['commit']}: "
+            "`python benchmarks/train_step.py`."
         )
     return _paragraph_and_table(how, table)
 
@@ -187,11 +172,13 @@ def loading_section(rows: list[Row]) -> str:
             rate, users = row["images_per_s"], user.get("images_per_s")
             cells.append(_number(rate) + (f" ({float(rate) / float(users):.2f}x)" if users and row is not user else ""))
         cpu = columns[0].get(provider, {}).get("cpu_ms_per_image", "")
-        table.append([LOADERS[provider], *cells, _number(cpu) if cpu else ""])
+        table.append([label(provider).name, *cells, _number(cpu) if cpu else ""])
     how = (
-        f"**Loading on {first['device']}, {first['num_workers']} workers**: from JPEGs of {float(first['kib_per_image']):.0f} KiB to normalised 224-pixel views, batch "
-        f"{first['batch_size']}, in the page cache, and how many times what torchvision gives as its users write it. Medians of interleaved repeats; our views are first held "
-        f"against PIL's. {first['date']}, commit {first['commit']}: `python benchmarks/data_loading.py`."
+        f"**Loading on {first['device']}, {first['num_workers']} workers**: from JPEGs of "
+        f"{float(first['kib_per_image']):.0f} KiB to normalised 224-pixel views, batch {first['batch_size']}, in the "
+        "page cache, and how many times what torchvision gives as its users write it. Medians of interleaved repeats; "
+        f"our views are first held against PIL's. {first['date']}, commit {first['commit']}: "
+        "`python benchmarks/data_loading.py`."
     )
     return _paragraph_and_table(how, table)
 
@@ -208,7 +195,7 @@ def _paragraph_and_table(text: str, table: list[list[str]]) -> str:
 def _cell(provider: str, rows: dict[str, Row], unit: str) -> str:
     if provider not in rows:
         return ""
-    row, ours = rows[provider], ours_of(rows)
+    row, ours = rows[provider], our_row(rows.values())
     if not row["step_ms"]:
         return row["status"]
     if unit == "MiB":
@@ -250,12 +237,17 @@ def _proof_cell(parts: Sequence[str], summary: dict, found: dict) -> str:
 
 
 def render(readme: str, results: Path) -> str:
-    """The README with both sections as the result files have them.
+    """The README with all sections as the result files and the tests' marks have them.
 
     Raises:
         ValueError: a section's markers are missing.
     """
-    for name, text in (("performance", performance(results)), ("proof", proof(results))):
+    sections = {
+        "performance": performance(results),
+        "proof": proof(results),
+        "reliability": reliability.table(ROOT / "tests", results),
+    }
+    for name, text in sections.items():
         start, end = f"<!-- {name}: made by `make readme-tables` -->", f"<!-- /{name} -->"
         head, found, rest = readme.partition(start)
         _, found_end, tail = rest.partition(end)
@@ -266,6 +258,7 @@ def render(readme: str, results: Path) -> str:
 
 
 def main() -> None:
+    """Rewrite these sections of README.md."""
     path = ROOT / "README.md"
     try:
         path.write_text(render(path.read_text(), RESULTS))

@@ -53,18 +53,6 @@ class Work:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Gpu:
-    """Nominal peaks as commonly quoted, not checked against the vendor's sheets: boost clock in MHz, memory in GB/s,
-    dense bf16 products accumulated in fp32 in TFLOP/s. Shares use the clock alone; other rates are measured in the run.
-    """
-
-    num_sms: int
-    clock_mhz: int
-    memory_gb_per_s: int
-    bf16_tflop_per_s: float
-
-
-@dataclass(frozen=True, kw_only=True)
 class Rates:
     """How much a GPU does in a second; infinite where it is not known, which leaves that roof out."""
 
@@ -75,6 +63,7 @@ class Rates:
 
     @classmethod
     def of(cls, *, gb_per_s: float, tflop_per_s: float, num_sms: int, clock_mhz: float | None) -> Rates:
+        """From measured copies and products, and the clock, where it is known."""
         clocks = num_sms * clock_mhz * 1e6 if clock_mhz else math.inf
         return cls(
             bytes_per_s=gb_per_s * 1e9,
@@ -84,15 +73,16 @@ class Rates:
         )
 
 
-# By a part of torch.cuda.get_device_name; a GPU that is not here brings its own clock.
-GPUS = {
-    "NVIDIA H200": Gpu(num_sms=132, clock_mhz=1980, memory_gb_per_s=4800, bf16_tflop_per_s=989.4),
-    "H100 PCIe": Gpu(num_sms=114, clock_mhz=1755, memory_gb_per_s=2000, bf16_tflop_per_s=756),
-    "H100 80GB HBM3": Gpu(num_sms=132, clock_mhz=1980, memory_gb_per_s=3350, bf16_tflop_per_s=989.4),
-    "A100-SXM4-80GB": Gpu(num_sms=108, clock_mhz=1410, memory_gb_per_s=2039, bf16_tflop_per_s=312),
-    "A100-SXM4-40GB": Gpu(num_sms=108, clock_mhz=1410, memory_gb_per_s=1555, bf16_tflop_per_s=312),
-    "RTX 4090": Gpu(num_sms=128, clock_mhz=2520, memory_gb_per_s=1008, bf16_tflop_per_s=165.2),
-    "RTX 3090": Gpu(num_sms=82, clock_mhz=1695, memory_gb_per_s=936, bf16_tflop_per_s=71),
+# Boost clocks by a part of torch.cuda.get_device_name, as commonly quoted, not checked against the vendor's sheets; a
+# GPU that is not here brings its own. Copies and products are measured in the run.
+BOOST_MHZ = {
+    "NVIDIA H200": 1980,
+    "H100 PCIe": 1755,
+    "H100 80GB HBM3": 1980,
+    "A100-SXM4-80GB": 1410,
+    "A100-SXM4-40GB": 1410,
+    "RTX 4090": 2520,
+    "RTX 3090": 1695,
 }
 
 # For predictions made without a GPU: what an H200 is taken to reach at copies and products, at a clock under load.
@@ -135,16 +125,11 @@ def floor_ms(relations: Sequence[str], shape: Shape, rates: Rates, *, backward: 
     return sum(max(times_ms(work(relation, shape, backward=backward), rates).values()) for relation in relations)
 
 
-def data_sheet(device_name: str) -> Gpu | None:
-    """The peaks of a GPU by its name, None for one that is not in the table."""
-    return next((gpu for name, gpu in GPUS.items() if name in device_name), None)
-
-
 def measured_rates(device: torch.device, dtype: torch.dtype) -> Rates:
     """Copy and matrix product as measured now; exponentials and instructions from SMs and clock."""
     properties = torch.cuda.get_device_properties(device)
-    gpu = data_sheet(properties.name)
-    clock_mhz = gpu.clock_mhz if gpu else getattr(properties, "clock_rate", 0) / 1e3
+    clocks = (mhz for name, mhz in BOOST_MHZ.items() if name in properties.name)
+    clock_mhz = next(clocks, getattr(properties, "clock_rate", 0) / 1e3)
     if torch.version.hip is not None:
         clock_mhz = None  # its units per clock are others
     return Rates.of(
@@ -184,19 +169,17 @@ def best_seconds(step: Callable[[], object], num_repeats: int = 20) -> float:
     return min(seconds)
 
 
-def describe(device: torch.device, dtype: torch.dtype, rates: Rates) -> str:
-    """One line: what was measured, and what the data sheet says."""
-    gpu = data_sheet(torch.cuda.get_device_name(device))
+def describe(rates: Rates, dtype: torch.dtype) -> str:
+    """One line: what was measured."""
     name = str(dtype).removeprefix("torch.")
     parts = [f"copy {rates.bytes_per_s / 1e9:.0f} GB/s", f"{name} products {rates.flop_per_s / 1e12:.0f} TFLOP/s"]
     if math.isfinite(rates.exps_per_s):
         parts.append(f"exponentials {rates.exps_per_s / 1e12:.2f} T/s (16 per clock and SM at boost clock)")
-    if gpu:
-        parts.append(f"nominal: {gpu.memory_gb_per_s} GB/s, {gpu.bf16_tflop_per_s:g} TFLOP/s in bf16")
     return "roofs measured now: " + "; ".join(parts)
 
 
 def main() -> None:
+    """The table of NOTES.md."""
     print("QK+VV, loss and gradient, B=256, H=12, N=197, D_t=64, bf16; microseconds")
     print(f"{'D_s':>4}{'bytes':>8}{'matrix unit':>13}{'exponentials':>14}{'instructions':>14}{'floor':>7}")
     for head_dim_s in (16, 32, 64):

@@ -19,7 +19,6 @@ import triton
 NVIDIA_BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 LINE = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([^\s;]+)(.*?);\s*/\* 0x([0-9a-f]{16}) \*/")
 SECOND_HALF = re.compile(r"^\s*/\* 0x([0-9a-f]{16}) \*/")
-LONG_LOOP = 64
 CONDITION = re.compile(r"\bU?P\d")
 
 
@@ -134,38 +133,25 @@ def longest_path(after: list[list[int]], start: int, goals: set[int]) -> list[in
 
 
 def executed(
-    code: list[Instruction], num_iterations: tuple[int, ...], skip_loops: bool = False, long_way_out: bool = False
+    code: list[Instruction], num_iterations: int, skip_loop: bool = False, long_way_out: bool = False
 ) -> list[int]:
-    """Indices of the warp instructions on the shortest path, on which the loops run `num_iterations` times.
+    """Indices of the warp instructions on the shortest path; its loop runs `num_iterations` times, or is skipped.
 
-    Loops are backward jumps over LONG_LOOP instructions and more, one after another; shorter ones wait for something
-    and are passed once. With `skip_loops` the program returns at once. With `long_way_out` nothing behind the last loop
-    is skipped: the gradient of a relation of a tensor with itself.
+    With `long_way_out` nothing behind the loop is skipped: the gradient of a relation of a tensor with itself.
     """
     after = successors(code)
     exits = {i for i, instruction in enumerate(code) if instruction.opcode == "EXIT" and not instruction.predicate}
-    exits |= {i for i, instruction in enumerate(code) if instruction.opcode == "EXIT" and skip_loops}
-    if skip_loops:
+    exits |= {i for i, instruction in enumerate(code) if instruction.opcode == "EXIT" and skip_loop}
+    # Backward jumps: the widest is the loop over tiles, others wait for a barrier and are passed once.
+    loops = [(i, j) for i, targets in enumerate(after) for j in targets if j < i]
+    if skip_loop or not loops:
         return shortest_path(after, 0, exits)
-    jumps = [(i, j) for i, targets in enumerate(after) for j in targets if i - j >= LONG_LOOP]
-    loops = sorted(
-        (header, latch)
-        for latch, header in jumps
-        if not any(j <= header and latch <= i and (i, j) != (latch, header) for i, j in jumps)
-    )
-    assert len(loops) == len(num_iterations), f"got loops at {loops}, want {len(num_iterations)}"
-    path, start, without = [], 0, (-1, -1)
-    for (header, latch), times in zip(loops, num_iterations):
-        way_in, once = shortest_path(after, start, {header}, without), shortest_path(after, header, {latch})
-        assert way_in and once, "no way through the code"
-        path += way_in[bool(path) : -1] + once * times
-        start, without = latch, (latch, header)
-    # The last loop is left behind its last instruction, or at its first.
-    way_out = shortest_path(after, start, exits, without)[bool(path) :]
-    if not way_out:
-        way_out = shortest_path(after, loops[-1][0], exits)
-    assert way_out, "no way through the code"
-    return path + (long_way_out and longest_path(after, way_out[0], exits) or way_out)
+    latch, header = max(loops, key=lambda loop: loop[0] - loop[1])
+    # The loop is left behind its last instruction, or at its first.
+    way_out = shortest_path(after, latch, exits, (latch, header))[1:] or shortest_path(after, header, exits)
+    way_in, once = shortest_path(after, 0, {header})[:-1], shortest_path(after, header, {latch})
+    assert way_in and once and way_out, "no way through the code"
+    return way_in + once * num_iterations + ((long_way_out and longest_path(after, way_out[0], exits)) or way_out)
 
 
 def blocks_per_sm(registers: int, shared_bytes: int, num_warps: int, limits: tuple[int, int, int]) -> int:

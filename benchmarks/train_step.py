@@ -2,12 +2,11 @@
 
 python benchmarks/train_step.py                                  # the paper's pairs on a GPU, the smallest on a CPU
 python benchmarks/train_step.py --pairs B-S --models compile --batch-size 512 --output train_step.csv
-python benchmarks/train_step.py --floors                         # what a step takes at least on an H200; needs none
 
 A step is the teacher up to its target block, the student under autocast over fp32 weights, the loss, the backward pass
 and AdamW; no drop path, no data loading, no DeepSpeed. Losses are those of providers.py; models run eager, or with
-each block compiled on its own. A provider whose loss or gradient of the patch embedding is further from the whole step in
-fp64 than the tests allow gets no number. Providers run in alternation, on three batches in rotation.
+each block compiled on its own. A provider whose loss or gradient of the patch embedding is further from the whole step
+in fp64 than the tests allow gets no number. Providers run in alternation, on three batches in rotation.
 """
 
 from __future__ import annotations
@@ -32,120 +31,14 @@ from torch import Tensor, nn
 
 import harness
 import roofs
-from providers import OURS, PROVIDERS, Provider
-from tinymim_fast.models.vit import TappedViT, create_vit, freeze, init_mae_style
+import sweep
+from labels import OURS
+from providers import PROVIDERS, Provider
+from step_roofs import PAIRS, RELATIONS, Pair
+from tinymim_fast.models.taps import Place, Taps
+from tinymim_fast.models.vit import create_vit, freeze, init_mae_style
 
-RELATIONS = "qk", "vv"
 MODELS = "compile", "eager"
-# Kernels of a pre-norm block: FLOP in N C^2, FLOP in N^2 C, numbers read and written in N C. Attention keeps no map in
-# memory; additions are fused with the norm behind them, GELU with nothing.
-FORWARD = {
-    "norm1": (0, 0, 2),
-    "qkv": (6, 0, 4),
-    "attention": (0, 4, 4),
-    "projection": (2, 0, 2),
-    "addition, norm2": (0, 0, 4),
-    "fc1": (8, 0, 5),
-    "GELU": (0, 0, 8),
-    "fc2": (8, 0, 5),
-    "addition": (0, 0, 3),
-}
-BACKWARD = {
-    "norm1": (0, 0, 4),
-    "qkv": (12, 0, 8),
-    "attention": (0, 8, 8),
-    "projection": (4, 0, 4),
-    "norm2": (0, 0, 4),
-    "fc1": (16, 0, 10),
-    "GELU": (0, 0, 12),
-    "fc2": (16, 0, 10),
-}
-LAST_BLOCK = "norm1", "qkv"
-PATCH_PIXELS = 3 * 16**2
-# fp32 weight, gradient and both moments read, all but the gradient written; the bf16 copy of the weight and its gradient.
-ADAMW_BYTES = 7 * 4 + 2 * (2 + 4)
-
-
-@dataclass(frozen=True)
-class Vit:
-    """What of a vision transformer counts here: its width, and the 1-based block where it is tapped."""
-
-    name: str
-    width: int
-    block: int
-
-    def flop(self, num_tokens: int, *, backward: bool) -> int:
-        """Of one image; the backward pass needs no gradient of the pixels."""
-        kernels = BACKWARD if backward else FORWARD
-        patches = 2 * (num_tokens - 1) * PATCH_PIXELS * self.width
-        return patches + sum(self._flop(*k, num_tokens) for k in self._all(kernels))
-
-    def floor_s(self, num_tokens: int, rates: roofs.Rates, *, backward: bool) -> float:
-        """Of one image in bf16: each kernel takes as long as the matrix unit or the memory, whichever is slower."""
-        patches = 2 * (num_tokens - 1) * PATCH_PIXELS * self.width / rates.flop_per_s
-        num_bytes = 2 * num_tokens * self.width
-        return patches + sum(
-            max(self._flop(*k, num_tokens) / rates.flop_per_s, k[2] * num_bytes / rates.bytes_per_s)
-            for k in self._all(BACKWARD if backward else FORWARD)
-        )
-
-    def num_parameters(self) -> int:
-        """Of the products that the relation loss reaches."""
-        return (12 * (self.block - 1) + 3) * self.width**2 + PATCH_PIXELS * self.width
-
-    def _all(self, kernels: dict[str, tuple[int, int, int]]) -> Iterable[tuple[int, int, int]]:
-        whole = [kernel for kernel in kernels.values() for _ in range(self.block - 1)]
-        return [*whole, *(kernels[name] for name in LAST_BLOCK)]
-
-    def _flop(self, of_width: int, of_tokens: int, numbers: int, num_tokens: int) -> int:
-        return num_tokens * self.width * (of_width * self.width + of_tokens * num_tokens)
-
-
-@dataclass(frozen=True)
-class Pair:
-    """Teacher and student of a recipe."""
-
-    teacher: Vit
-    student: Vit
-    relation_heads: int
-
-    def loss_shape(self, batch_size: int, num_tokens: int) -> roofs.Shape:
-        widths = {"head_dim_s": self.student.width, "head_dim_t": self.teacher.width}
-        return roofs.Shape(
-            batch_size=batch_size,
-            num_heads=self.relation_heads,
-            num_tokens=num_tokens,
-            **{name: width // self.relation_heads for name, width in widths.items()},
-            itemsize=2,
-        )
-
-    def flop(self, batch_size: int, num_tokens: int = 197) -> int:
-        """Of a step; nothing is computed twice."""
-        passes = [
-            self.teacher.flop(num_tokens, backward=False),
-            self.student.flop(num_tokens, backward=False),
-            self.student.flop(num_tokens, backward=True),
-        ]
-        loss = roofs.total(RELATIONS, self.loss_shape(batch_size, num_tokens), backward=True)
-        return batch_size * sum(passes) + loss.flop
-
-    def floors_ms(self, batch_size: int, rates: roofs.Rates, num_tokens: int = 197) -> dict[str, float]:
-        """Of a step's parts, which run one after another."""
-        return {
-            "teacher": 1e3 * batch_size * self.teacher.floor_s(num_tokens, rates, backward=False),
-            "student forward": 1e3 * batch_size * self.student.floor_s(num_tokens, rates, backward=False),
-            "student backward": 1e3 * batch_size * self.student.floor_s(num_tokens, rates, backward=True),
-            "loss": roofs.floor_ms(RELATIONS, self.loss_shape(batch_size, num_tokens), rates, backward=True),
-            "AdamW": 1e3 * ADAMW_BYTES * self.student.num_parameters() / rates.bytes_per_s,
-        }
-
-
-# The recipes tinymim_base, tinymim_small and tinymim_tiny.
-PAIRS = {
-    "L-B": Pair(Vit("vit_large_patch16_224", 1024, 18), Vit("vit_base_patch16_224", 768, 12), 16),
-    "B-S": Pair(Vit("vit_base_patch16_224", 768, 12), Vit("vit_small_patch16_224", 384, 12), 12),
-    "S-T": Pair(Vit("vit_small_patch16_224", 384, 12), Vit("vit_tiny_patch16_224", 192, 12), 12),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,8 +46,9 @@ class Row:
     """One line of the result file, before the environment; numbers only where `status` is "ok".
 
     loss_ms is the loss and its gradient alone, loss_share its part of the step. tflop_per_s counts what the step cannot
-    avoid, matmul_share is that of this GPU's measured products (model-FLOP utilisation), floor_share floor_ms / step_ms.
-    Errors are relative to the largest entry of the fp64 result: of the loss, and of the patch embedding's gradient.
+    avoid, matmul_share is that of this GPU's measured products (model-FLOP utilisation), floor_share floor_ms /
+    step_ms. Errors are relative to the largest entry of the fp64 result: of the loss, and of the patch embedding's
+    gradient.
     """
 
     benchmark: str = "train_step"
@@ -195,10 +89,11 @@ class Trainer:
 
     def qkv(self, images: Tensor) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
-            qkv_t = self.teacher(images.to(self.dtype))
+            (qkv_t,) = self.teacher(images.to(self.dtype)).values()
         half = self.dtype in (torch.float16, torch.bfloat16)
         with torch.autocast(images.device.type, dtype=self.dtype if half else None, enabled=half):
-            return self.student(images), qkv_t
+            (qkv_s,) = self.student(images).values()
+        return qkv_s, qkv_t
 
     def step(self, provider: Provider, batches: Iterable[Tensor]) -> None:
         qkv_s, qkv_t = self.qkv(next(batches))
@@ -214,7 +109,7 @@ class Trainer:
 def build(pair: Pair, *, models: str, img_size: int, dtype: torch.dtype, device: torch.device) -> Trainer:
     torch.manual_seed(0)
     teacher, student = (
-        TappedViT(init(create_vit(vit.name, img_size=img_size, flag="--pairs")), vit.block)
+        Taps(init(create_vit(vit.name, img_size=img_size)), [Place("qkv", vit.block)])
         for vit in (pair.teacher, pair.student)
     )
     freeze(teacher, dtype, device)
@@ -280,7 +175,7 @@ def measure(
             found["peak_extra_mib"] = harness.peak_extra_mib(step, device)
             steps[name] = step
         except Exception as error:
-            found.update(failure(error))
+            found.update(harness.failure(error))
         trainer.optimizer.zero_grad(set_to_none=True)
     timing = {"device": device, "num_repeats": num_repeats}
     qkv_s, qkv_t = (qkv.detach() for qkv in trainer.qkv(next(batches)))
@@ -293,10 +188,10 @@ def measure(
     for name, found in columns.items():
         if name not in steps:
             continue
-        found.update(times[name].columns())
+        found.update(times[name])
         step_ms = found["step_ms"]
         found["images_per_s"] = round(1e3 * batch_size / step_ms, 2)
-        found["loss_ms"] = harness.percentiles(loss_times[name].step_ms)["step_ms"]
+        found["loss_ms"] = loss_times[name]["step_ms"]
         found["loss_share"] = round(found["loss_ms"] / step_ms, 4)
         found["tflop_per_s"] = round(flop / step_ms / 1e9, 3)
         if rates is not None:
@@ -309,8 +204,8 @@ def measure(
 def check(trainer: Trainer, images: Tensor, columns: dict[str, dict]) -> None:
     """The rule of the tests: errors of at most twice those of eager models with the eager loss, plus a floor.
 
-    The whole batch is filled with one or two images, whose loss and gradient it then has: fp64 would not fit for a batch,
-    and compiled models would be compiled for another one.
+    The whole batch is filled with one or two images, whose loss and gradient it then has: fp64 would not fit for a
+    batch, and compiled models would be compiled for another one.
     """
     batch_size = len(images)
     few = images[: 2 - batch_size % 2]
@@ -326,17 +221,12 @@ def check(trainer: Trainer, images: Tensor, columns: dict[str, dict]) -> None:
         try:
             found["loss_error"], found["grad_error"] = errors(trainer, name, images)
         except Exception as error:
-            found.update(failure(error))
+            found.update(harness.failure(error))
             continue
         pairs = (found["loss_error"], allowed[0]), (found["grad_error"], allowed[1])
         if not all(harness.passes_gate(error, plain_error, trainer.dtype) for error, plain_error in pairs):
             detail = f"eager: loss error {allowed[0]}, gradient error {allowed[1]}"
             found.update(status=harness.FAILED_GATE, detail=detail)
-
-
-def failure(error: Exception) -> dict[str, str]:
-    status = harness.OUT_OF_MEMORY if harness.is_out_of_memory(error) else harness.NOT_AVAILABLE
-    return {"status": status, "detail": harness.one_line(error)}
 
 
 def loss_alone(provider: Provider, qkv_s: Tensor, qkv_t: Tensor, relation_heads: int) -> Tensor:
@@ -356,27 +246,11 @@ def print_row(row: dict) -> None:
     print(f"{row['pair']:<6}{row['models']:<9}{row['provider']:<10}{numbers}", flush=True)
 
 
-def print_floors(batch_size: int) -> None:
-    """Of an H200 under load: the steps of the recipes, in bf16."""
-    rates = roofs.H200_UNDER_LOAD
-    print(
-        f"batch {batch_size}: floors in ms on {rates.flop_per_s / 1e12:.0f} TFLOP/s and {rates.bytes_per_s / 1e9:.0f} GB/s"
-    )
-    for name, pair in PAIRS.items():
-        floors = pair.floors_ms(batch_size, rates)
-        whole = sum(floors.values())
-        parts = ", ".join(f"{part} {ms:.1f}" for part, ms in floors.items())
-        print(
-            f"{name}: {pair.flop(batch_size) / batch_size / 1e9:.1f} GFLOP an image, {parts}; {whole:.1f} together, "
-            f"{1e3 * batch_size / whole:.0f} images/s, matrix unit {pair.flop(batch_size) / rates.flop_per_s / whole * 1e5:.0f} % busy"
-        )
-
-
 def parse_args() -> argparse.Namespace:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     add = parser.add_argument
-    add("--device", choices=["cuda", "cpu"], default=harness.default_device().type)
+    add("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
     add("--pairs", nargs="+", choices=list(PAIRS), help="all on a GPU, S-T on a CPU")
     add("--models", nargs="+", choices=MODELS, help="both on a GPU, eager on a CPU")
     providers = "official, compile, chunked and, on a GPU, triton if not given"
@@ -387,7 +261,6 @@ def parse_args() -> argparse.Namespace:
     add("--seconds-per-point", type=float, default=6.0)
     add("--time-budget", type=float, default=float("inf"), help="seconds; starts no point that will not fit")
     add("--output", type=Path)
-    add("--floors", action="store_true", help="print the floors of an H200 and end")
     args = parser.parse_args()
     cuda = args.device == "cuda"
     if cuda and not torch.cuda.is_available():
@@ -402,11 +275,8 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    if args.floors:
-        print_floors(args.batch_size)
-        return
     device = torch.device(args.device)
-    file = harness.ResultFile(args.output, device)
+    file = sweep.Results(args.output, device)
     start, longest_s = time.monotonic(), 0.0
     print(
         f"{'pair':<6}{'models':<9}{'loss':<10}{'ms':>9} {'(20 to 80 %)':<19}{'images/s':>9}{'loss':>9}{'extra MiB':>11}",
@@ -428,8 +298,8 @@ def main() -> None:
             seconds=args.seconds_per_point,
             num_repeats=args.num_repeats,
         )
+        file.add(map(asdict, rows))
         for row in rows:
-            file.add(row)
             print_row(asdict(row))
         longest_s = max(longest_s, time.monotonic() - began)
     bad = (harness.FAILED_GATE, harness.NOT_AVAILABLE)

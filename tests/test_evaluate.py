@@ -11,7 +11,8 @@ from support.programs import TINY, run_training
 from tinymim_fast.errors import EXIT_INPUT
 from tinymim_fast.evaluate import extract_features, knn_accuracy
 from tinymim_fast.models.checkpoints import ModelInfo, save_weights
-from tinymim_fast.models.vit import TappedViT, create_vit, head_layout
+from tinymim_fast.models.taps import Place, Taps
+from tinymim_fast.models.vit import create_vit, head_layout
 
 TORCHRUN = Path(sys.executable).parent / "torchrun"
 WORKER = Path(__file__).parent / "support" / "rank_worker.py"
@@ -20,7 +21,7 @@ WORKER = Path(__file__).parent / "support" / "rank_worker.py"
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     torch.manual_seed(0)
-    vit = create_vit("vit_tiny_patch16_224", img_size=32, flag="f", **TINY)
+    vit = create_vit("vit_tiny_patch16_224", img_size=32, **TINY)
     folder = tmp_path_factory.mktemp("checkpoint")
     info = ModelInfo("vit_tiny_patch16_224", {**TINY, "img_size": 32}, "tinymim", head_layout(vit))
     save_weights(folder, vit.state_dict(), info)
@@ -43,9 +44,9 @@ def test_three_ranks_count_each_image_once(image_folder, checkpoint, tmp_path):
         "batch_size": 32,
         "workers": 1,
     }
-    tap = TappedViT(vit.eval(), len(vit.blocks))
+    taps = Taps(vit.eval(), [Place("norm1", len(vit.blocks))])
     ours = {
-        split: extract_features(tap, str(image_folder), split, device=torch.device("cpu"), **options)
+        split: extract_features(taps, str(image_folder), split, device=torch.device("cpu"), **options)
         for split in ("train", "val")
     }
     for split, count in (("train", 96), ("val", 32)):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ipaddress
+import os
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,6 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+
+from tinymim_fast.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,84 @@ class World:
         """Begin the maximum of a small number over ranks, on the host; no device is waited for."""
         tensor = torch.tensor([flag], dtype=torch.int32)
         return dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.host_group, async_op=True), tensor
+
+
+# What launchers call the number of a process on its machine, where it isn't LOCAL_RANK: SLURM's srun, Open MPI.
+LOCAL_RANKS = ("LOCAL_RANK", "SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK")
+
+
+def complete_environment() -> int:
+    """Check what a launcher put into the environment, and add what it left out; returns the local rank.
+
+    Without RANK this is a run of one process. Where LOCAL_RANK lacks, SLURM's or Open MPI's is taken, else 0: one
+    process a machine.
+
+    Raises:
+        InputError: a variable is missing or no number; names it.
+    """
+    if "RANK" not in os.environ:
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+        os.environ.update(alone, MASTER_PORT=str(free_port()))
+    os.environ["LOCAL_RANK"] = next((os.environ[name] for name in LOCAL_RANKS if name in os.environ), "0")
+    missing = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if missing:
+        raise InputError(
+            f"RANK is set, but not {', '.join(missing)}; start with deepspeed or torchrun, set RANK, LOCAL_RANK, "
+            "WORLD_SIZE, MASTER_ADDR and MASTER_PORT, or unset RANK to train in one process"
+        )
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT"):
+        if not os.environ[name].isdecimal():
+            raise InputError(f"got {os.environ[name]!r}, want a number", argument=f"environment variable {name}")
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if not rank < world_size:
+        raise InputError(f"got {rank}, want less than WORLD_SIZE, {world_size}", argument="environment variable RANK")
+    return int(os.environ["LOCAL_RANK"])
+
+
+def join(backend: str) -> None:
+    """`torch.distributed.init_process_group` for the environment of `complete_environment`.
+
+    Where MASTER_ADDR is this machine's loopback address, nothing that is opened here listens on another one: PyTorch's
+    own store would listen on all of them, and let strangers read and set keys. (Under torchrun the store is
+    torchrun's.)
+
+    Args:
+        backend: of `torch.distributed`.
+    """
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if not _is_loopback(address) or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        dist.init_process_group(backend)
+        return
+    for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        os.environ.setdefault(variable, "lo")
+    listener = -1
+    if rank == 0:
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        with socket.socket(family) as server:
+            server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                server.bind((address, port))
+            except OSError as error:
+                raise InputError(
+                    f"MASTER_PORT {port}: another program listens there ({error}); give another to the launcher "
+                    "(deepspeed --master_port, torchrun --master-port)"
+                ) from error
+            server.listen(world_size + 16)
+            listener = server.detach()
+    store = dist.TCPStore(
+        address, port, world_size, is_master=rank == 0, master_listen_fd=listener if rank == 0 else None
+    )
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+
+
+def _is_loopback(address: str) -> bool:
+    if address == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(address).is_loopback
+    except ValueError:
+        return False
 
 
 def free_port() -> int:

@@ -16,16 +16,17 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from tinymim_fast.config import IMAGENET_MEAN, IMAGENET_STD
 from tinymim_fast.data import build_eval_loader, find_images
-from tinymim_fast.errors import EXIT_INPUT, InputError
+from tinymim_fast.data.views import IMAGENET_MEAN, IMAGENET_STD, EvalView
+from tinymim_fast.errors import EXIT_INPUT, InputError, flags
 from tinymim_fast.models.checkpoints import load_encoder
-from tinymim_fast.models.vit import TappedViT, create_vit, freeze, init_mae_style
+from tinymim_fast.models.taps import Place, Taps
+from tinymim_fast.models.vit import create_vit, freeze, init_mae_style
 
 
 @torch.inference_mode()
 def extract_features(
-    tap: TappedViT,
+    taps: Taps,
     data_path: str,
     split: str,
     *,
@@ -40,26 +41,18 @@ def extract_features(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Features (n, C), fp32 on the CPU, and labels (n,) of this rank's part of a split.
 
-    A feature is the mean over patch tokens of what the tapped block's qkv projection reads: for a distilled student the
-    last thing that the relation loss trained.
+    A feature is the mean over patch tokens at the place that is tapped. What the last block's qkv projection reads is, for a
+    distilled student, the last thing that the relation loss trained.
     """
+    (place,) = taps.places
     index = find_images(data_path, split=split, workers=workers)
-    features, labels = [torch.empty(0, tap.embed_dim)], [torch.empty(0, dtype=torch.int64)]
+    features, labels = [torch.empty(0, taps.widths[place])], [torch.empty(0, dtype=torch.int64)]
+    view = EvalView(img_size=img_size, resize_size=round(img_size * 256 / 224), mean=mean, std=std)
     with build_eval_loader(
-        index,
-        loader="auto",
-        batch_size=batch_size,
-        img_size=img_size,
-        resize_size=round(img_size * 256 / 224),
-        device=device,
-        rank=rank,
-        world_size=world_size,
-        workers=workers,
-        mean=mean,
-        std=std,
+        index, view, batch_size=batch_size, rank=rank, world_size=world_size, device=device, workers=workers
     ) as loader:
         for images, targets, _ in loader:
-            tokens = tap.tokens(images)[:, tap.num_prefix_tokens :]
+            tokens = taps(images)[place][:, taps.num_prefix_tokens :]
             features.append(tokens.float().mean(1).cpu())
             labels.append(torch.as_tensor(targets).cpu())
     return torch.cat(features), torch.cat(labels)
@@ -133,14 +126,14 @@ def evaluate_knn(
     Raises:
         InputError: no checkpoint, or no such folders.
     """
-    vit, info = load_encoder(checkpoint, flag="CHECKPOINT", model_flag="CHECKPOINT")
+    vit, info = load_encoder(checkpoint)
     img_size = info.model_kwargs["img_size"]
     if untrained:
         torch.manual_seed(seed)
-        vit = create_vit(info.architecture, flag="CHECKPOINT", **info.model_kwargs)
+        vit = create_vit(info.architecture, **info.model_kwargs)
         init_mae_style(vit, pos_embed=info.recipe.get("student_pos_embed", "sincos"))
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    tap = freeze(TappedViT(vit, len(vit.blocks)), torch.float32, device)
+    taps = freeze(Taps(vit, [Place("norm1", len(vit.blocks))]), torch.float32, device)
     options = {
         "img_size": img_size,
         "mean": info.recipe.get("mean", IMAGENET_MEAN),
@@ -151,7 +144,7 @@ def evaluate_knn(
         "rank": dist.get_rank(group) if group else 0,
         "world_size": dist.get_world_size(group) if group else 1,
     }
-    train, val = (gather(extract_features(tap, data_path, split, **options), group) for split in ("train", "val"))
+    train, val = (gather(extract_features(taps, data_path, split, **options), group) for split in ("train", "val"))
     return knn_accuracy(train, val) if len(val[0]) else None
 
 
@@ -173,9 +166,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
             dist.init_process_group("gloo")
             group = dist.group.WORLD
-        accuracy = evaluate_knn(
-            args.checkpoint, args.data_path, batch_size=args.batch_size, workers=args.workers, group=group
-        )
+        with flags(source="CHECKPOINT", model="CHECKPOINT"):
+            accuracy = evaluate_knn(
+                args.checkpoint, args.data_path, batch_size=args.batch_size, workers=args.workers, group=group
+            )
     except InputError as error:
         if rank:
             time.sleep(3)  # rank 0 most likely says the same, and its exit makes the launcher end this process

@@ -17,7 +17,7 @@ from pathlib import Path
 from timm.models import save_for_hf
 
 from tinymim_fast.config import IMAGENET_MEAN, IMAGENET_STD
-from tinymim_fast.errors import EXIT_INPUT, InputError
+from tinymim_fast.errors import EXIT_INPUT, InputError, flags
 from tinymim_fast.models.checkpoints import load_encoder, save_weights
 
 
@@ -36,7 +36,7 @@ def export(checkpoint: str, out: Path) -> None:
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"OUT {out}: exists already; choose another folder or remove it")
-    vit, info = load_encoder(checkpoint, flag="CHECKPOINT", model_flag="CHECKPOINT")
+    vit, info = load_encoder(checkpoint)
     recipe = info.recipe
     temporary = out.with_name(out.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -70,7 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("out", type=Path, help="folder to make")
     args = parser.parse_args(argv)
     try:
-        export(args.checkpoint, args.out)
+        with flags(source="CHECKPOINT", model="CHECKPOINT"):
+            export(args.checkpoint, args.out)
     except InputError as error:
         print(f"export: {error}", file=sys.stderr)
         return EXIT_INPUT

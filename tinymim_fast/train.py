@@ -17,105 +17,15 @@ os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 if __package__ in (None, ""):
     sys.path.pop(0)
 
-import logging
 from collections.abc import Sequence
-from pathlib import Path
 
-import torch
-
-from tinymim_fast.config import DistillConfig, to_dict
-from tinymim_fast.distributed import World
-from tinymim_fast.errors import InputError
-from tinymim_fast.models.checkpoints import ModelInfo, load_encoder, load_state, read_weights
-from tinymim_fast.models.vit import (
-    TappedViT,
-    create_vit,
-    default_target_block,
-    freeze,
-    head_layout,
-    init_mae_style,
-    set_constant_drop_path,
-)
-from tinymim_fast.targets.relations import RelationDistiller
-from tinymim_fast.training import loop as training
-
-logger = logging.getLogger("tinymim_fast")
-PREFIX = "student.model."
-
-
-def build_teacher(config: DistillConfig) -> tuple[TappedViT, int, int]:
-    """The teacher up to its target block, that block's number, and the heads of its relations."""
-    vit, info = load_encoder(
-        config.teacher_checkpoint,
-        model=config.teacher_model,
-        model_kwargs=config.teacher_model_kwargs,
-        img_size=config.img_size,
-    )
-    block = config.target_block or default_target_block(len(vit.blocks))
-    teacher = TappedViT(vit, block)
-    # A student of this package reproduced relations of so many heads in its last block; as a teacher it offers those.
-    heads = config.relation_heads or info.head_layout.get("relation_heads") or teacher.num_heads
-    logger.info("teacher: %s, block %d, %d relation heads", info.architecture, block, heads)
-    return teacher, block, heads
-
-
-def build_task(config: DistillConfig, world: World, checkpoint: Path | None) -> training.Task:
-    student = create_vit(
-        config.student_model, img_size=config.img_size, flag="--student-model", **config.student_model_kwargs
-    )
-    init_mae_style(student, pos_embed=config.student_pos_embed)
-    set_constant_drop_path(student, config.drop_path)
-    if checkpoint is not None:
-        load_state(
-            student,
-            read_weights(checkpoint, flag="--output-dir")[0],
-            source=str(checkpoint),
-            name=config.student_model,
-        )
-    layout = head_layout(student)
-    initial = {name: tensor.detach().clone() for name, tensor in student.state_dict().items()}
-
-    teacher, block, heads = build_teacher(config)
-    tap = TappedViT(student, len(student.blocks))
-    distiller = RelationDistiller(
-        tap,
-        teacher,
-        relation_heads=heads,
-        relations=config.relations,
-        weights=config.relation_weights,
-        backend=config.loss_backend,
-    )
-    dtype = torch.bfloat16 if config.bf16 else torch.float32
-    freeze(teacher, dtype, world.device)
-    try:  # on one token: a backend that can't run here says so now, not after the set-up
-        distiller.loss(*(torch.zeros(1, 1, 3 * t.qkv_dim, dtype=dtype, device=world.device) for t in (tap, teacher)))
-    except ValueError as error:
-        raise InputError(f"--loss-backend {config.loss_backend}: {error}") from error
-
-    def prepare(views: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        teacher_view, student_view = views
-        return student_view, teacher(teacher_view)
-
-    return training.Task(
-        model=distiller,
-        prepare=prepare,
-        parts=("loss", *config.relations),
-        views=2,
-        color_jitter=config.color_jitter,
-        # What the loss can't reach is not in the engine: it keeps its initial fp32 values, whatever ZeRO and AdamW do.
-        weights=lambda trained: {**initial, **{name.removeprefix(PREFIX): t for name, t in trained.items()}},
-        info=ModelInfo(
-            architecture=config.student_model,
-            model_kwargs={**config.student_model_kwargs, "img_size": config.img_size},
-            kind="tinymim",
-            head_layout={**layout, "relation_heads": heads, "teacher_block": block},
-            recipe=to_dict(config),
-        ),
-    )
+from tinymim_fast.tasks.distill import DistillConfig, build_task
+from tinymim_fast.training import program
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return training.main(DistillConfig, build_task, argv, "train.py")
+    """Parse `argv` (None: the command line), train, and return the exit code."""
+    return program.main(DistillConfig, build_task, argv, "train.py")
 
 
 if __name__ == "__main__":

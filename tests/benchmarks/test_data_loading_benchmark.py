@@ -1,5 +1,7 @@
 """benchmarks/data_loading.py: one small run, and the gate."""
 
+import csv
+
 import numpy as np
 import pytest
 from PIL import ImageEnhance
@@ -8,7 +10,6 @@ pytest.importorskip("nvidia.dali")
 pytest.importorskip("torchvision")
 
 import data_loading as benchmark
-import harness
 
 SMALL = ["--device=cpu", "--num-images=12", "--min-images=8", "--num-repeats=1", "--batch-sizes=4", "--workers=1"]
 
@@ -17,7 +18,8 @@ def test_a_small_run(tmp_path, capsys):
     path = tmp_path / "results" / "data_loading.csv"
     flags = [*SMALL, "--batch-sizes", "4", "16", "--sweep", "views", "source", "batch"]
     assert benchmark.main([*flags, f"--output={path}"]) == 0
-    rows = harness.read_csv(path)
+    with path.open() as file:
+        rows = list(csv.DictReader(file))
     seen = {(row["sweep"], row["source"], row["views"], row["provider"]) for row in rows}
     ours, users = {"dali_cpu", "fallback"}, {"torchvision", "torchvision_v2"}
     assert seen == {
@@ -32,10 +34,9 @@ def test_a_small_run(tmp_path, capsys):
         assert 0.5 < float(row["wait_share"]) <= 1.001, "nothing but waiting for batches is done"
         assert 90 < float(row["kib_per_image"]) < 130, "JPEGs of ImageNet's size"
         assert (row["mean_difference"] == "") == (row["provider"] in users)
-    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     output = capsys.readouterr().out
-    assert "x torchvision" in output
-    assert "left out, for there are 12 images: folder, decode crop, 2 views, batch 16" in output
+    assert "as fast as torchvision" in output
+    assert "left out, for there are 12 images: folder, 2 views, batch 16" in output
 
 
 def test_wrong_views_get_no_number(monkeypatch, capsys):
@@ -47,7 +48,7 @@ def test_wrong_views_get_no_number(monkeypatch, capsys):
     monkeypatch.setattr(dali, "_saturate_on_cpu", brighter)
     assert benchmark.main([*SMALL, "--sweep=views", "--providers", "dali_cpu"]) == 1
     captured = capsys.readouterr()
-    assert "failed gate" in captured.out and "dali_cpu: failed gate at folder" in captured.err
+    assert "failed gate" in captured.out and "dali_cpu: failed gate" in captured.err
 
 
 def test_a_gpu_that_is_not_there_is_named(monkeypatch, capsys):

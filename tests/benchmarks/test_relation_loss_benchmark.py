@@ -1,28 +1,28 @@
 """benchmarks/relation_loss.py: the gate, what becomes of peers that fail, the plan, and one small run."""
 
+import csv
 import os
 import subprocess
 import sys
-import time
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
 
-import harness
+import loss_point
 import providers
 import relation_loss as benchmark
+import sweep
 
 ROOT = Path(__file__).parent.parent.parent
 CPU = torch.device("cpu")
 SMALL = {"batch_size": 2, "num_heads": 2, "num_tokens": 11, "head_dim_s": 4, "head_dim_t": 8}
-POINT = benchmark.Point(dtype="float32", **SMALL)
+POINT = loss_point.Point(dtype="float32", **SMALL)
 
 
 def measure(compared, point=POINT):
-    rows = benchmark.measure(point, compared, CPU, num_repeats=2)
-    return {row.provider: row for row in rows}
+    measured = benchmark.measure(point, compared, CPU, num_repeats=2)
+    return {row["provider"]: row for row in sweep.rows_of(point, measured, benchmark.COLUMNS)}
 
 
 def test_failing_peers_are_rows_without_numbers():
@@ -52,7 +52,7 @@ def test_failing_peers_are_rows_without_numbers():
             "not_finite": not_finite,
         }
     )
-    assert {name: row.status for name, row in rows.items()} == {
+    assert {name: row["status"] for name, row in rows.items()} == {
         "chunked": "ok",
         "out_of_memory": "out of memory",
         "does_not_compile": "not available",
@@ -60,12 +60,12 @@ def test_failing_peers_are_rows_without_numbers():
         "wrong_loss": "failed gate",
         "not_finite": "failed gate",
     }
-    assert rows["does_not_compile"].detail == "RuntimeError: no such instruction"
-    assert 0.5e-4 < rows["wrong_gradient"].grad_error < 2e-4
+    assert rows["does_not_compile"]["detail"] == "RuntimeError: no such instruction"
+    assert 0.5e-4 < rows["wrong_gradient"]["grad_error"] < 2e-4
     numbers = ("step_ms", "gb_per_s", "tflop_per_s", "peak_extra_mib", "num_repeats")
     for name, row in rows.items():
-        assert all((getattr(row, number) is not None) == (name == "chunked") for number in numbers), row
-    assert benchmark.ratios_to_peers(list(rows.values())) == {}
+        assert all((row[number] is not None) == (name == "chunked") for number in numbers), row
+    assert sweep.ratios_to_peers(list(rows.values())) == {}
 
 
 def test_peer_that_fails_while_timed_leaves_the_others():
@@ -78,8 +78,8 @@ def test_peer_that_fails_while_timed_leaves_the_others():
         return providers.eager(*args)
 
     rows = measure({"eager": providers.eager, "fails_later": fails_later})
-    assert (rows["eager"].status, rows["fails_later"].status) == ("ok", "out of memory")
-    assert rows["fails_later"].step_ms is None
+    assert (rows["eager"]["status"], rows["fails_later"]["status"]) == ("ok", "out of memory")
+    assert rows["fails_later"]["step_ms"] is None
 
 
 @pytest.mark.parametrize(
@@ -92,16 +92,16 @@ def test_peer_that_fails_while_timed_leaves_the_others():
 )
 def test_all_providers_pass_the_gate(mode, layout, dtype, relations):
     # "padded" is what compile_padded compiles.
-    point = benchmark.Point(mode=mode, layout=layout, dtype=dtype, relations=relations, **SMALL)
+    point = loss_point.Point(mode=mode, layout=layout, dtype=dtype, relations=relations, **SMALL)
     compared = {name: providers.PROVIDERS[name] for name in ("official", "eager", "chunked")}
     rows = measure({**compared, "padded": providers.padded}, point)
-    assert {row.status for row in rows.values()} == {"ok"}, rows
-    assert all((row.grad_error is None) == (mode == "forward") for row in rows.values())
+    assert {row["status"] for row in rows.values()} == {"ok"}, rows
+    assert all((row["grad_error"] is None) == (mode == "forward") for row in rows.values())
 
 
 def test_oracle_does_not_depend_on_its_chunks():
-    inputs = benchmark.make_inputs(POINT, CPU, seed=0)
-    whole, pieces = (benchmark.make_oracle(POINT, inputs, map_bytes) for map_bytes in (2**26, 1))
+    inputs = loss_point.make_inputs(POINT, CPU, seed=0)
+    whole, pieces = (loss_point.make_oracle(POINT, inputs, map_bytes) for map_bytes in (2**26, 1))
     torch.testing.assert_close(whole.loss, pieces.loss, rtol=1e-12, atol=0)
     torch.testing.assert_close(whole.grad, pieces.grad, rtol=1e-9, atol=1e-15)
 
@@ -133,16 +133,6 @@ def test_impossible_flags_are_one_line(flags, message, capsys):
     assert message in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_time_budget_names_what_it_left_out(monkeypatch, capsys):
-    args = benchmark.parse_args(["--device", "cpu", "--time-budget", "0.5"])
-    rows = [benchmark.make_row(POINT, "eager", {"status": harness.NOT_AVAILABLE}, None)]
-    monkeypatch.setattr(benchmark, "measure", lambda *_, **__: time.sleep(0.3) or rows)
-    results = harness.ResultFile(None, CPU)
-    assert len(benchmark.run(args, results)) == len(results.rows) == 1
-    left_out = capsys.readouterr().out.splitlines()[-1]
-    assert left_out.count("ViT-") == len(args.points) - 1 == 5
-
-
 def run(path, *flags):
     """Rows and output of the program, started as its users start it."""
     command = [sys.executable, ROOT / "benchmarks" / "relation_loss.py", "--num-repeats", "2", "--output", path, *flags]
@@ -151,18 +141,22 @@ def run(path, *flags):
     env["PYTHONPATH"] = str(ROOT)
     done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
     assert done.returncode == 0, done.stderr
-    return harness.read_csv(path), done.stdout
+    with path.open() as file:
+        return list(csv.DictReader(file)), done.stdout
 
 
 def test_small_run(tmp_path):
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()]
     rows, output = run(tmp_path / "results.csv", "--device=cpu", "--providers", "official", "chunked", *flags)
     assert "OMP_WAIT_POLICY=passive, GOMP_SPINCOUNT=3000" in output
-    assert "Not measured here" in output and "as fast as official" in output
+    assert "not measured here" in output and "as fast as official" in output
     assert [(row["mode"], row["provider"]) for row in rows] == [
         (mode, provider) for mode in ("forward_backward", "forward") for provider in ("official", "chunked")
     ]
-    assert list(rows[0]) == [field.name for field in fields(benchmark.Row)] + list(harness.environment(CPU))
+    point = list(loss_point.Point.__dataclass_fields__)
+    assert list(rows[0]) == [*point, "provider", "status", "detail", *benchmark.COLUMNS, *sweep.environment(CPU)]
+    with (ROOT / "benchmarks" / "results" / "relation_loss_cpu.csv").open() as file:
+        assert next(csv.reader(file)) == list(rows[0]), "committed results have the columns of today"
     for row in rows:
         assert (row["status"], row["num_repeats"], row["device_type"]) == ("ok", "2", "cpu")
         assert 0 < float(row["step_ms_p20"]) <= float(row["step_ms"]) <= float(row["step_ms_p80"])

@@ -44,13 +44,3 @@ def test_unknown_clock_leaves_roofs_out():
     times = roofs.times_ms(roofs.work("qk", vit_shape(16), backward=True), rates)
     assert times["exponentials"] == times["instructions"] == 0
     assert times["bytes"] > 0
-
-
-def test_data_sheet_by_name():
-    assert roofs.data_sheet("NVIDIA H100 80GB HBM3").memory_gb_per_s == 3350
-    assert roofs.data_sheet("NVIDIA H100 PCIe").memory_gb_per_s == 2000
-    assert roofs.data_sheet("NVIDIA H100 NVL") is roofs.data_sheet("NVIDIA GH200 480GB") is None
-    for gpu in roofs.GPUS.values():
-        flop_per_clock = gpu.bf16_tflop_per_s * 1e6 / (gpu.num_sms * gpu.clock_mhz)
-        # Dense bf16 operations per clock and SM: 512 to 4096 in powers of two, less where the matrix unit's clock is lower.
-        assert min(abs(flop_per_clock / 2**n - 1) for n in (9, 10, 11, 12)) < 0.1

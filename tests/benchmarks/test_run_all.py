@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import parts as running
 import run_all
 
 ROOT = Path(__file__).parent.parent.parent
@@ -54,8 +55,8 @@ def is_running(pid):
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
-    monkeypatch.setattr(run_all, "MIN_PART_S", 0.1)
-    monkeypatch.setattr(run_all, "GRACE_S", 0.3)
+    monkeypatch.setattr(running, "MIN_PART_S", 0.1)
+    monkeypatch.setattr(running, "GRACE_S", 0.3)
 
 
 def test_each_part_has_its_own_fate(tmp_path, capsys):
@@ -135,8 +136,9 @@ def test_a_signal_leaves_the_summary(number, tmp_path):
     code = f"""
 import signal, sys
 from pathlib import Path
+import parts as running
 import run_all
-run_all.GRACE_S = 0.3
+running.GRACE_S = 0.3
 part = lambda name, code: run_all.Part(name, [sys.executable, "-c", code])
 parts = [part("first", ""), part("second", "import time; print('here', flush=True); time.sleep(60)"), part("third", "")]
 results, stopped = run_all.run(parts, {FOUND!r}, Path({str(tmp_path)!r}), 60)
@@ -211,6 +213,8 @@ def test_flags_are_those_of_the_program(name):
     if not (ROOT / script).exists():
         pytest.skip(f"{script} is not in this checkout: the part is left out")
     source = (ROOT / script).read_text()
+    if "import sweep" in source:
+        source += (ROOT / "benchmarks" / "sweep.py").read_text()
     missing = [argument for argument in arguments if argument.startswith("--") and f'"{argument}"' not in source]
     assert not missing, f"{script} knows no {missing}"
 
@@ -247,7 +251,7 @@ def test_gpu_mode_without_a_gpu(packages, reason, tmp_path):
 
 def test_gpu_tests_are_collected_without_the_training_packages(tmp_path):
     env = without(tmp_path, "deepspeed", "nvidia.dali", "xformers", "jsonargparse", "hypothesis")
-    files = ["tests/kernels", "tests/test_training.py", "tests/test_engine.py"]
+    files = ["tests/kernels", "tests/training"]
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "--collect-only", "-q", "-p", "no:cacheprovider", *files]
     done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout

@@ -6,10 +6,12 @@ import yaml
 from torch.utils.flop_counter import FlopCounterMode
 
 import harness
+import roofs
+import step_roofs
 import train_step
 from tinymim_fast.config import RECIPES
 
-PAIR = train_step.PAIRS["S-T"]
+PAIR = step_roofs.PAIRS["S-T"]
 CPU = torch.device("cpu")
 
 
@@ -69,8 +71,8 @@ def test_flop_are_pytorchs(monkeypatch):
 
 
 def test_floors():
-    rates = train_step.roofs.H200_UNDER_LOAD
-    for pair in train_step.PAIRS.values():
+    rates = roofs.H200_UNDER_LOAD
+    for pair in step_roofs.PAIRS.values():
         whole = sum(pair.floors_ms(256, rates).values())
         assert whole >= 1e3 * pair.flop(256) / rates.flop_per_s
         assert whole == pytest.approx(2 * sum(pair.floors_ms(128, rates).values()), rel=0.05)  # all but AdamW
@@ -79,7 +81,7 @@ def test_floors():
 @pytest.mark.parametrize(("name", "recipe"), [("L-B", "base"), ("B-S", "small"), ("S-T", "tiny")])
 def test_pairs_are_the_recipes(name, recipe):
     config = yaml.safe_load((RECIPES / f"tinymim_{recipe}.yaml").read_text())
-    pair = train_step.PAIRS[name]
+    pair = step_roofs.PAIRS[name]
     assert (pair.teacher.name, pair.teacher.block) == (config["teacher_model"], config["target_block"])
     assert (pair.student.name, pair.relation_heads) == (config["student_model"], config["relation_heads"])
-    assert list(train_step.RELATIONS) == config["relations"]
+    assert list(step_roofs.RELATIONS) == config["relations"]

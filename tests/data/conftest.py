@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tinymim_fast.data import draw_sample_folder, scan_images
+from tinymim_fast.data import draw_image_folder, scan_images
 
 REAL_IMAGES = Path(
     os.environ.get(
@@ -39,16 +39,16 @@ def device(request):
 
 
 @pytest.fixture(scope="session")
-def sample_root(tmp_path_factory):
-    return draw_sample_folder(
+def drawn_root(tmp_path_factory):
+    return draw_image_folder(
         tmp_path_factory.mktemp("drawn") / "sample", num_train_per_class=3, num_val_per_class=2, size=96, seed=0
     )
 
 
 @pytest.fixture(scope="session")
-def sample_index(sample_root):
+def drawn_index(drawn_root):
     """48 drawn pictures, 96 px."""
-    return scan_images(sample_root, split="train", workers=2)
+    return scan_images(drawn_root, split="train", workers=2)
 
 
 @pytest.fixture(scope="session")
@@ -63,9 +63,9 @@ HUGE = b"\xff\xff" * 2  # height and width, 65,535 pixels
 
 
 @pytest.fixture
-def odd_root(sample_root, tmp_path):
+def odd_root(drawn_root, tmp_path):
     """The drawn folder with one file of each damaged and each odd kind in train/disc/."""
-    shutil.copytree(sample_root, tmp_path / "odd")
+    shutil.copytree(drawn_root, tmp_path / "odd")
     folder = tmp_path / "odd" / "train" / "disc"
     whole = (folder / "00000.jpg").read_bytes()
     picture = Image.open(io.BytesIO(whole))

@@ -14,27 +14,28 @@ import safetensors
 import torch
 from PIL import Image
 
+from support.loaders import copies, eval_loader, train_loader
 from support.programs import PACKAGE, ROOT, distill_flags
-from tinymim_fast import train
-from tinymim_fast.config import DistillConfig, parse
+from support.runs import distil
+from tinymim_fast.config import parse
 from tinymim_fast.data import (
     DataError,
     ImageIndex,
-    build_eval_loader,
-    build_loader,
     find_images,
     pack,
     scan,
     scan_images,
 )
+from tinymim_fast.data.bad_files import BadFiles
 from tinymim_fast.data.draws import draw_replacements
+from tinymim_fast.data.views import IMAGENET_STD
 from tinymim_fast.distributed import free_port
 from tinymim_fast.errors import EXIT_INPUT, InputError
 from tinymim_fast.models.checkpoints import latest_checkpoint
-from tinymim_fast.training import loop as training
+from tinymim_fast.tasks.distill import DistillConfig
+from tinymim_fast.training import resume
 from tinymim_fast.training.metrics import read_metrics
 
-NORMALIZE = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 DAMAGED = {
     "disc/empty.jpg": "empty",
     "disc/huge.jpg": "huge: more than 178,956,970 pixels",
@@ -42,15 +43,6 @@ DAMAGED = {
     "disc/truncated.jpg": "truncated: image file is truncated",
 }
 INSIDE = "disc/inside.bmp"
-
-
-def train_loader(index, loader_name, **changes):
-    options = {"batch_size": 8, "img_size": 64, "views": 2, "seed": 1, "workers": 2, **NORMALIZE, **changes}
-    return build_loader(index, loader=loader_name, **options)
-
-
-def copies(batches):
-    return [torch.stack(views).cpu() for views in batches]
 
 
 def test_scan_tells_each_kind(odd_root):
@@ -68,7 +60,6 @@ def test_scan_tells_each_kind(odd_root):
     }
     assert len(index) == 48 + 5 and index.num_listed == 48 + 9
     at = index.paths.index("disc/png.JPEG")
-    assert index.formats[at] == "PNG" and index.modes[index.paths.index("disc/cmyk.jpg")] == "CMYK"
     assert index.num_bytes[at] == os.path.getsize(index.file(at))
 
 
@@ -99,15 +90,15 @@ def test_loaders_agree_on_odd_files(odd_root):
     for loader_name in ("dali", "torchvision"):
         with train_loader(index, loader_name, batch_size=53) as loader:
             both.append(copies(loader.batches(0, 1))[0])
-            bad.append(loader.bad)
+            bad.append(loader.bad_files.reasons)
     assert bad[0] == bad[1] and [index.paths[i] for i in bad[0]] == [INSIDE]
-    difference = (both[0] - both[1]).abs().mean(dim=(2, 3, 4)) * 255 * np.mean(NORMALIZE["std"])  # (views, images)
+    difference = (both[0] - both[1]).abs().mean(dim=(2, 3, 4)) * 255 * np.mean(IMAGENET_STD)  # (views, images)
     assert difference.mean() < 0.4 and difference.max() < 1.2, difference
 
 
 @pytest.fixture
-def damageable_index(sample_root, tmp_path):
-    shutil.copytree(sample_root / "train", tmp_path / "train")
+def damageable_index(drawn_root, tmp_path):
+    shutil.copytree(drawn_root / "train", tmp_path / "train")
     return scan_images(tmp_path / "train", workers=1)
 
 
@@ -127,18 +118,18 @@ def test_a_damaged_file_costs_its_sample_alone(damageable_index, loader_name, de
     with train_loader(index, loader_name, **options) as loader:
         found = []
         for views in loader.batches(0, 12):
-            found.append((torch.stack(views).cpu(), dict(loader.bad)))
+            found.append((torch.stack(views).cpu(), dict(loader.bad_files.reasons)))
         reason = {
             "truncated": "truncated",
             "missing": "No such file",
             "changed": "40 x 40 pixels, not the indexed 96 x 96",
         }
-        assert loader.bad.keys() == {victim} and reason[damage] in loader.bad[victim]
+        assert loader.bad_files.reasons.keys() == {victim} and reason[damage] in loader.bad_files.reasons[victim]
         positions = [(n, i) for n in range(12) for i in np.flatnonzero(loader.plan.sample_ids(n) == victim)]
         assert positions[0] == (3, 5) and len(positions) == 2, "once an epoch"
         for epoch, (number, i) in enumerate(positions):
             other = draw_replacements(victim, len(index), 1, seed=1, epoch=epoch)[0]
-            assert loader.plan.read_ids(number)[i] == other != victim
+            assert loader.plan.read_ids(number, loader.bad_files)[i] == other != victim
     for number, (views, bad) in enumerate(found):
         if number < 3:
             assert not bad
@@ -149,7 +140,7 @@ def test_a_damaged_file_costs_its_sample_alone(damageable_index, loader_name, de
     for rank in range(2):
         with train_loader(index, loader_name, batch_size=4, rank=rank, world_size=2, **options) as loader:
             if rank == 0:
-                loader.bad[victim] = "known"
+                loader.bad_files.reasons[victim] = "known"
             parts.append(copies(loader.batches(3, 2)))
     for number in (3, 4):
         assert torch.equal(torch.cat([part[number - 3] for part in parts], dim=1), found[number][0])
@@ -162,7 +153,7 @@ def test_a_file_that_dali_alone_cant_decode_is_replaced_too(damageable_index, mo
     monkeypatch.setattr(ImageIndex, "read_image", lambda index, sample_id: None)  # as if PIL could
     with train_loader(damageable_index, "dali", batch_size=48) as loader:
         next(loader.batches(0, 1))
-        assert loader.bad.keys() == {victim} and loader.bad[victim].startswith("DALI: ")
+        assert loader.bad_files.reasons.keys() == {victim} and loader.bad_files.reasons[victim].startswith("DALI: ")
 
 
 @pytest.mark.parametrize("fmt", ["GIF", "TGA", None])
@@ -179,10 +170,12 @@ def test_what_is_no_image_any_more_fails_without_a_crash(damageable_index, devic
     for _ in range(5):
         with train_loader(damageable_index, "dali", batch_size=48, device=device) as loader:
             next(loader.batches(0, 1))
-            assert loader.bad.keys() == {7}
-    options = {"batch_size": 48, "img_size": 64, "resize_size": 73, "device": device, "workers": 2, **NORMALIZE}
+            assert loader.bad_files.reasons.keys() == {7}
     for _ in range(5):
-        with build_eval_loader(damageable_index, loader="dali", **options) as loader, pytest.raises(DataError):
+        with (
+            eval_loader(damageable_index, "dali", batch_size=48, device=device) as loader,
+            pytest.raises(DataError),
+        ):
             list(loader)
 
 
@@ -193,7 +186,10 @@ def test_a_bad_replacement_is_replaced_too(damageable_index, loader_name):
         for sample_id in {victim, *draws[:2]} - {draws[2]}:
             os.remove(damageable_index.file(sample_id))
         next(loader.batches(0, 1))
-        assert loader.plan.read_ids(0)[2] == draws[2] and loader.bad.keys() >= {victim, *draws[:2]}
+        assert loader.plan.read_ids(0, loader.bad_files)[2] == draws[2] and loader.bad_files.reasons.keys() >= {
+            victim,
+            *draws[:2],
+        }
 
 
 def test_an_unmounted_folder_ends_the_run(damageable_index, loader_name):
@@ -209,37 +205,39 @@ def test_an_unmounted_folder_ends_the_run(damageable_index, loader_name):
 
 def test_evaluation_names_a_damaged_file(damageable_index, loader_name, device):
     victim = damageable_index.file(11)
-    options = {"loader": loader_name, "batch_size": 8, "img_size": 64, "resize_size": 73, "workers": 2, **NORMALIZE}
-    options["device"] = device
     os.truncate(victim, os.path.getsize(victim) // 2)
-    with build_eval_loader(damageable_index, **options) as loader, pytest.raises(DataError) as caught:
+    with eval_loader(damageable_index, loader_name, device=device) as loader, pytest.raises(DataError) as caught:
         list(loader)
     assert str(caught.value).startswith(f"got {victim}") and "Traceback" not in str(caught.value)
     rescanned = scan_images(damageable_index.root, workers=1)
     with pytest.raises(DataError, match=rf"1 images can't be decoded: {damageable_index.paths[11]};"):
-        build_eval_loader(rescanned, **options)
+        eval_loader(rescanned, loader_name, device=device)
 
 
 def test_a_continued_run_keeps_its_list(damageable_index, tmp_path):
     root, output_dir = damageable_index.root, tmp_path / "run"
     config = parse(DistillConfig, distill_flags(root, "none", output_dir, max_bad_files=0.05), "train.py")
     output_dir.mkdir()
-    damageable_index.save(output_dir / training.INDEX)
+    damageable_index.save(output_dir / resume.INDEX)
     file = damageable_index.file(7)
     content = Path(file).read_bytes()
     os.truncate(file, 500)
-    now = training._find_images(config, resumed=True)
+    now = resume.find_run_images(config, resumed=True)
     assert now.paths == damageable_index.paths and now.damaged == {}, "found when it is read"
-    assert len(training._find_images(config, resumed=False)) == 47
-    assert training._still_bad(now, now.paths[6:9]).keys() == {7}
+    assert len(resume.find_run_images(config, resumed=False)) == 47
+    bad_files = BadFiles(now)
+    bad_files.recheck(now.paths[6:9])
+    assert bad_files.reasons.keys() == {7}
     Path(file).write_bytes(content)
-    assert training._still_bad(now, now.paths[6:9]) == {}, "repaired"
+    bad_files = BadFiles(now)
+    bad_files.recheck(now.paths[6:9])
+    assert bad_files.reasons == {}, "repaired"
     assert pack.main([str(root), str(tmp_path / "packed"), "--workers=1"]) == 0
-    shards = training._find_images(dataclasses.replace(config, data_path=str(tmp_path / "packed")), resumed=True)
+    shards = resume.find_run_images(dataclasses.replace(config, data_path=str(tmp_path / "packed")), resumed=True)
     assert shards.paths == now.paths and shards.shards
     os.remove(file)
     with pytest.raises(InputError, match="holds 47 images, not the 48 that this run began with"):
-        training._find_images(config, resumed=True)
+        resume.find_run_images(config, resumed=True)
 
 
 def run_two_ranks(*flags):
@@ -269,15 +267,18 @@ def test_a_run_replaces_and_names_damaged_files_until_they_are_too_many(world, o
         bad = [pair for record in read_metrics(tmp_path / "run") for pair in record.get("bad_files", {}).items()]
         return [(name, reason.partition(" (")[0]) for name, reason in bad]
 
-    with pytest.raises(InputError, match=r"--max-bad-files 0\.001: 4 of 57 images in .*disc/empty\.jpg \(empty\)"):
-        training.train(parse(DistillConfig, flags(), "train.py"), world, train.build_task)
+    with pytest.raises(
+        InputError, match=r"max_bad_files: got 0\.001, and 4 of 57 images in .*disc/empty\.jpg \(empty\)"
+    ):
+        distil(world, *flags())
     assert not (tmp_path / "run").exists()
 
     codes, outputs = run_two_ranks(*flags(max_bad_files=0.08, loader="dali"))  # 4.56 files
     assert codes == [EXIT_INPUT, EXIT_INPUT], outputs
     for output in outputs:
         assert (
-            f"--max-bad-files 0.08: 5 of 57 images in {odd_root / 'train'} can't be decoded (0.088 of all): " in output
+            f"--max-bad-files: got 0.08, and 5 of 57 images in {odd_root / 'train'} can't be decoded (0.088 of all): "
+            in output
         )
         assert f"{INSIDE} (image file is truncated" in output and "Traceback" not in output
     before = named()

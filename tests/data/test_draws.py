@@ -1,18 +1,20 @@
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from tinymim_fast.data.draws import draw_two_view_params, epoch_order, uniforms
+from tinymim_fast.data.draws import draw_views, epoch_order, uniforms
+from tinymim_fast.data.views import TrainView
 
 NUM_DRAWS = 4000
-SETTINGS = {"scale": (0.2, 1.0), "ratio": (3 / 4, 4 / 3), "hflip": 0.5, "color_jitter": (0.4, 0.4, 0.4)}
+VIEW = TrainView(img_size=32)
 
 
 def draw(height, width, n=NUM_DRAWS, **changes):
     sizes = np.tile(np.array([[height, width]], dtype=np.int32), (n, 1))
-    return draw_two_view_params(sizes, np.arange(n), **{"seed": 0, "epoch": 0, **SETTINGS, **changes})
+    return draw_views(sizes, np.arange(n), replace(VIEW, **changes), seed=0, epoch=0)
 
 
 def assert_same_distribution(ours, theirs):
@@ -62,8 +64,8 @@ def test_epoch_order_is_a_new_permutation_each_epoch():
 def test_params_depend_on_their_own_sample_alone():
     sizes = np.random.default_rng(0).integers(50, 500, (30, 2))
     ids = np.arange(100, 130)
-    whole = draw_two_view_params(sizes, ids, seed=3, epoch=2, **SETTINGS)
-    part = draw_two_view_params(sizes[[7, 3]], ids[[7, 3]], seed=3, epoch=2, **SETTINGS)
+    whole = draw_views(sizes, ids, VIEW, seed=3, epoch=2)
+    part = draw_views(sizes[[7, 3]], ids[[7, 3]], VIEW, seed=3, epoch=2)
     for name, values in vars(whole).items():
         np.testing.assert_array_equal(values[[7, 3]], getattr(part, name), err_msg=name)
 
@@ -74,7 +76,7 @@ def test_crops_are_distributed_like_torchvisions(height, width):
     crop = pytest.importorskip("torchvision.transforms").RandomResizedCrop
     torch.manual_seed(0)
     image = torch.empty(3, height, width)
-    theirs = np.array([crop.get_params(image, SETTINGS["scale"], SETTINGS["ratio"]) for _ in range(NUM_DRAWS)])
+    theirs = np.array([crop.get_params(image, VIEW.scale, VIEW.ratio) for _ in range(NUM_DRAWS)])
     p = draw(height, width)
     ours = np.column_stack([p.top, p.left, p.height, p.width])
     for measure in (
@@ -101,7 +103,7 @@ def test_anchors_reach_every_position_evenly():
 def test_fallback_is_torchvisions(height, width):
     torch = pytest.importorskip("torch")
     crop = pytest.importorskip("torchvision.transforms").RandomResizedCrop
-    theirs = crop.get_params(torch.empty(3, height, width), SETTINGS["scale"], SETTINGS["ratio"])
+    theirs = crop.get_params(torch.empty(3, height, width), VIEW.scale, VIEW.ratio)
     p = draw(height, width, n=1)
     assert (p.top[0], p.left[0], p.height[0], p.width[0]) == tuple(theirs)
 
@@ -125,4 +127,5 @@ def test_jitter_is_distributed_like_torchvisions():
 
 
 def test_no_jitter_gives_factors_of_one():
-    assert (draw(100, 100, n=10, color_jitter=(0, 0, 0)).jitter == 1).all()
+    for strength in ((0, 0, 0), None):
+        assert (draw(100, 100, n=10, color_jitter=strength).jitter == 1).all()

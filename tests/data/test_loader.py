@@ -8,10 +8,11 @@ import pytest
 import torch
 from PIL import Image
 
-from tinymim_fast.data import DataError, build_eval_loader, build_loader, scan_images
+from support.loaders import copies, eval_loader, train_loader
+from tinymim_fast.data import DataError, scan_images
+from tinymim_fast.data.views import IMAGENET_MEAN, IMAGENET_STD
 
-NORMALIZE = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
-PER_UNIT = 255 * torch.tensor(NORMALIZE["std"]).view(3, 1, 1)  # normalised -> 0..255
+PER_UNIT = 255 * torch.tensor(IMAGENET_STD).view(3, 1, 1)  # normalised -> 0..255
 
 # Difference between the loaders' views, 0..255: mean and 99th percentile, teacher's and student's. On a GPU, DALI does
 # not round between its two resize passes as PIL does: 0.18 and 1 on photographs, 0.25 and 2 after jitter. On the CPU
@@ -25,20 +26,6 @@ DEVICES = [
         marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")],
     ),
 ]
-
-
-def train_loader(index, loader_name, **changes):
-    options = {"batch_size": 8, "img_size": 64, "views": 2, "seed": 1, "workers": 2, **NORMALIZE, **changes}
-    return build_loader(index, loader=loader_name, **options)
-
-
-def eval_loader(index, loader_name, **changes):
-    options = {"batch_size": 8, "img_size": 64, "resize_size": 73, "workers": 2, **NORMALIZE, **changes}
-    return build_eval_loader(index, loader=loader_name, **options)
-
-
-def copies(batches):
-    return [torch.stack(views).cpu() for views in batches]
 
 
 def mean_difference(a, b):
@@ -56,8 +43,8 @@ def p99(counts):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_batch_contract(sample_index, loader_name, device):
-    with train_loader(sample_index, loader_name, device=device) as loader:
+def test_batch_contract(drawn_index, loader_name, device):
+    with train_loader(drawn_index, loader_name, device=device) as loader:
         assert loader.steps_per_epoch == 6
         batches = list(loader.batches(0, 2))
         assert len(batches) == 2
@@ -66,14 +53,14 @@ def test_batch_contract(sample_index, loader_name, device):
             for view in views:
                 assert view.shape == (8, 3, 64, 64) and view.dtype == torch.float32
                 assert view.device == torch.device(device) and view.is_contiguous()
-                values = view.cpu() * PER_UNIT + 255 * torch.tensor(NORMALIZE["mean"]).view(3, 1, 1)
+                values = view.cpu() * PER_UNIT + 255 * torch.tensor(IMAGENET_MEAN).view(3, 1, 1)
                 assert values.min() > -0.01 and values.max() < 255.01 and values.std() > 10
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("start", [4, 6], ids=["inside_an_epoch", "at_an_epochs_start"])
-def test_a_later_start_gives_the_same_batches(sample_index, loader_name, device, start):
-    with train_loader(sample_index, loader_name, device=device) as loader:  # 6 steps an epoch
+def test_a_later_start_gives_the_same_batches(drawn_index, loader_name, device, start):
+    with train_loader(drawn_index, loader_name, device=device) as loader:  # 6 steps an epoch
         whole, tail = copies(loader.batches(0, 14)), copies(loader.batches(start, 14 - start))
         assert len(whole) == 14 and len(tail) == 14 - start
         for a, b in zip(whole[start:], tail):
@@ -81,8 +68,8 @@ def test_a_later_start_gives_the_same_batches(sample_index, loader_name, device,
         assert not torch.equal(whole[0], whole[6])
 
 
-def test_batches_stay_valid_while_more_are_made(sample_index, loader_name):
-    with train_loader(sample_index, loader_name) as loader:
+def test_batches_stay_valid_while_more_are_made(drawn_index, loader_name):
+    with train_loader(drawn_index, loader_name) as loader:
         kept, at_once = [], []
         for views in loader.batches(0, 12):
             kept.append(views)
@@ -91,13 +78,13 @@ def test_batches_stay_valid_while_more_are_made(sample_index, loader_name):
         assert all(torch.equal(view, clone) for view, clone in zip(views, clones))
 
 
-def test_ranks_and_accumulation_share_the_global_batch(sample_index, loader_name):
-    with train_loader(sample_index, loader_name, batch_size=12) as loader:
+def test_ranks_and_accumulation_share_the_global_batch(drawn_index, loader_name):
+    with train_loader(drawn_index, loader_name, batch_size=12) as loader:
         whole = copies(loader.batches(3, 2))  # over an epoch's end
     parts = []
     for rank in range(3):
         with train_loader(
-            sample_index, loader_name, batch_size=2, rank=rank, world_size=3, accumulation_steps=2, workers=1
+            drawn_index, loader_name, batch_size=2, rank=rank, world_size=3, accumulation_steps=2, workers=1
         ) as loader:
             parts.append(copies(loader.batches(3, 2)))
     for step in range(2):
@@ -105,23 +92,26 @@ def test_ranks_and_accumulation_share_the_global_batch(sample_index, loader_name
         assert torch.equal(together, whole[step])
 
 
-def test_workers_and_prefetch_change_nothing(sample_index, loader_name):
+def test_workers_and_prefetch_change_nothing(drawn_index, loader_name):
     with (
-        train_loader(sample_index, loader_name, workers=0, prefetch=1) as a,
-        train_loader(sample_index, loader_name, workers=2, prefetch=3) as b,
+        train_loader(drawn_index, loader_name, workers=0, prefetch=1) as a,
+        train_loader(drawn_index, loader_name, workers=2, prefetch=3) as b,
     ):
         for x, y in zip(copies(a.batches(5, 3)), copies(b.batches(5, 3))):
             assert torch.equal(x, y)
 
 
-def test_without_jitter_both_views_are_equal(sample_index, loader_name):
-    with train_loader(sample_index, loader_name, color_jitter=(0, 0, 0)) as loader:
+def test_without_jitter_both_views_are_equal(drawn_index, loader_name):
+    with train_loader(drawn_index, loader_name, color_jitter=(0, 0, 0)) as loader:
         for teacher_view, student_view in loader.batches(0, 2):
             assert torch.equal(teacher_view, student_view)
 
 
-def test_one_view_is_the_teachers(sample_index, loader_name):
-    with train_loader(sample_index, loader_name) as two, train_loader(sample_index, loader_name, views=1) as one:
+def test_one_view_is_the_teachers(drawn_index, loader_name):
+    with (
+        train_loader(drawn_index, loader_name) as two,
+        train_loader(drawn_index, loader_name, color_jitter=None) as one,
+    ):
         for (teacher_view, _), views in zip(two.batches(0, 2), one.batches(0, 2)):
             assert len(views) == 1 and torch.equal(views[0], teacher_view)
 
@@ -152,8 +142,8 @@ def operations(request, monkeypatch):
     return request.param
 
 
-def test_loaders_agree_on_drawn_pictures(sample_index, operations):
-    assert_loaders_agree(sample_index, operations)
+def test_loaders_agree_on_drawn_pictures(drawn_index, operations):
+    assert_loaders_agree(drawn_index, operations)
 
 
 def test_loaders_agree_on_photographs(real_index, operations):
@@ -163,24 +153,24 @@ def test_loaders_agree_on_photographs(real_index, operations):
 @pytest.mark.parametrize(
     "strength", [(0.9, 0, 0), (0, 0.9, 0), (0, 0, 0.9)], ids=["brightness", "contrast", "saturation"]
 )
-def test_loaders_agree_on_each_jitter(sample_index, operations, strength):
-    assert_loaders_agree(sample_index, operations, num_steps=2, color_jitter=strength)
+def test_loaders_agree_on_each_jitter(drawn_index, operations, strength):
+    assert_loaders_agree(drawn_index, operations, num_steps=2, color_jitter=strength)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_gpu_loader_agrees_with_torchvision(sample_index):
+def test_gpu_loader_agrees_with_torchvision(drawn_index):
     pytest.importorskip("nvidia.dali")
     pytest.importorskip("torchvision")
-    assert_loaders_agree(sample_index, "gpu", device="cuda:0")
+    assert_loaders_agree(drawn_index, "gpu", device="cuda:0")
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_half_precision(sample_index, loader_name, device):
+def test_half_precision(drawn_index, loader_name, device):
     options = {"device": device, "batch_size": 4}
     with (
-        train_loader(sample_index, loader_name, dtype=torch.float16, **options) as half,
-        train_loader(sample_index, loader_name, **options) as full,
+        train_loader(drawn_index, loader_name, dtype=torch.float16, **options) as half,
+        train_loader(drawn_index, loader_name, **options) as full,
     ):
         for views, exact in zip(next(half.batches(0, 1)), next(full.batches(0, 1))):
             assert views.dtype == torch.float16
@@ -188,7 +178,7 @@ def test_half_precision(sample_index, loader_name, device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_dalis_settings_change_no_value(sample_index, loader_name, device):
+def test_dalis_settings_change_no_value(drawn_index, loader_name, device):
     settings = {
         "hw_decoder_load": 0.5,
         "device_memory_padding": 1 << 20,
@@ -196,19 +186,19 @@ def test_dalis_settings_change_no_value(sample_index, loader_name, device):
         "prefetch_queue_depth": 3,
     }
     with (
-        train_loader(sample_index, loader_name, device=device, dali_kwargs=settings) as changed,
-        train_loader(sample_index, loader_name, device=device) as usual,
+        train_loader(drawn_index, loader_name, device=device, dali_kwargs=settings) as changed,
+        train_loader(drawn_index, loader_name, device=device) as usual,
     ):
         for a, b in zip(copies(changed.batches(0, 3)), copies(usual.batches(0, 3))):
             assert torch.equal(a, b)
-    with pytest.raises(DataError, match="got --dali-kwargs hw_load, want any of hw_decoder_load"):
-        train_loader(sample_index, loader_name, dali_kwargs={"hw_load": 0.5})
+    with pytest.raises(DataError, match="dali_kwargs: got hw_load, want any of hw_decoder_load"):
+        train_loader(drawn_index, loader_name, dali_kwargs={"hw_load": 0.5})
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_evaluation_gives_each_image_once(sample_index, loader_name, world_size, device):
-    index = dataclasses.replace(sample_index, paths=sample_index.paths[:47])  # divided by neither ranks nor batch
+def test_evaluation_gives_each_image_once(drawn_index, loader_name, world_size, device):
+    index = dataclasses.replace(drawn_index, paths=drawn_index.paths[:47])  # divided by neither ranks nor batch
     seen = []
     for rank in range(world_size):
         with eval_loader(index, loader_name, rank=rank, world_size=world_size, device=device) as loader:
@@ -231,7 +221,12 @@ def test_evaluation_is_torchvisions(real_index, loader_name):
     index = dataclasses.replace(real_index, paths=real_index.paths[:num_images])
     counts = torch.zeros(256)
     transform = T.Compose(
-        [T.Resize(256, T.InterpolationMode.BICUBIC), T.CenterCrop(224), T.ToTensor(), T.Normalize(**NORMALIZE)]
+        [
+            T.Resize(256, T.InterpolationMode.BICUBIC),
+            T.CenterCrop(224),
+            T.ToTensor(),
+            T.Normalize(IMAGENET_MEAN, IMAGENET_STD),
+        ]
     )
     with eval_loader(index, loader_name, img_size=224, resize_size=256) as loader:
         for images, _, sample_ids in loader:
@@ -267,7 +262,7 @@ def test_odd_files_decode_to_rgb(tmp_path, loader_name):
     assert sample_ids.tolist() == list(range(8))
     theirs = [index.read_image(i).crop((10, 0, 90, 80)) for i in range(8)]
     theirs = torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255 for image in theirs])
-    theirs = (theirs - torch.tensor(NORMALIZE["mean"]).view(3, 1, 1)) / torch.tensor(NORMALIZE["std"]).view(3, 1, 1)
+    theirs = (theirs - torch.tensor(IMAGENET_MEAN).view(3, 1, 1)) / torch.tensor(IMAGENET_STD).view(3, 1, 1)
     assert mean_difference(images, theirs).max() < 1e-3  # not resized, so equal
 
 
@@ -276,9 +271,9 @@ def num_threads():
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="counts threads in /proc")
-def test_close_ends_processes_and_threads(sample_index, loader_name):
+def test_close_ends_processes_and_threads(drawn_index, loader_name):
     def start_and_close():
-        loader = train_loader(sample_index, loader_name)
+        loader = train_loader(drawn_index, loader_name)
         batches = loader.batches(0, 100)
         next(batches)
         loader.close()
@@ -292,21 +287,21 @@ def test_close_ends_processes_and_threads(sample_index, loader_name):
     assert multiprocessing.active_children() == []
 
 
-def test_loader_choice(sample_index, caplog):
+def test_loader_choice(drawn_index, caplog):
     with caplog.at_level(logging.INFO):
-        train_loader(sample_index, "auto")
-    assert "--loader auto: using" in caplog.text
-    with pytest.raises(DataError, match='got --loader ffcv, want "auto" or one of dali, torchvision'):
-        train_loader(sample_index, "ffcv")
+        train_loader(drawn_index, "auto")
+    assert "loader: " in caplog.text
+    with pytest.raises(DataError, match="loader: got ffcv, want auto or one of dali, torchvision"):
+        train_loader(drawn_index, "ffcv")
     with pytest.raises(DataError, match=r"want a CUDA device with its index"):
-        train_loader(sample_index, "auto", device="cuda")
+        train_loader(drawn_index, "auto", device="cuda")
 
 
-def test_auto_falls_back_to_torchvision(sample_index, monkeypatch, caplog):
+def test_auto_falls_back_to_torchvision(drawn_index, monkeypatch, caplog):
     pytest.importorskip("torchvision")
     monkeypatch.setattr("tinymim_fast.data.loader._is_installed", lambda module: module == "torchvision")
-    with caplog.at_level(logging.INFO), train_loader(sample_index, "auto") as loader:
+    with caplog.at_level(logging.INFO), train_loader(drawn_index, "auto") as loader:
         next(loader.batches(0, 1))
-    assert "using torchvision" in caplog.text
-    with pytest.raises(DataError, match=r"--loader dali, which needs nvidia\.dali"):
-        train_loader(sample_index, "dali")
+    assert "loader: torchvision" in caplog.text
+    with pytest.raises(DataError, match=r"loader: got dali, which needs nvidia\.dali"):
+        train_loader(drawn_index, "dali")

@@ -16,20 +16,19 @@ import pytest
 import torch
 from PIL import Image
 
-from tinymim_fast.data import DataError, build_eval_loader, build_loader, find_images, scan_images
-from tinymim_fast.data import index as index_module
+from support.loaders import copies, eval_loader, train_loader
+from tinymim_fast.data import DataError, find_images, scan_images
+from tinymim_fast.data import scan as scan_module
 from tinymim_fast.data.pack import main as pack
 from tinymim_fast.data.pack import verify
 from tinymim_fast.data.scan import main as scan
 from tinymim_fast.errors import EXIT_INPUT
 
-NORMALIZE = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
-
 
 @pytest.fixture
-def root(sample_root, tmp_path):
+def root(drawn_root, tmp_path):
     """The drawn folder, two names with dots and signs whose order changes where dots are written as %2E."""
-    shutil.copytree(sample_root, tmp_path / "images")
+    shutil.copytree(drawn_root, tmp_path / "images")
     folder = tmp_path / "images" / "train" / "disc"
     (folder / "00000.jpg").rename(folder / "a.50%.b.jpg")
     (folder / "00001.jpg").rename(folder / "a+b.jpg")
@@ -46,12 +45,12 @@ def no_scan(monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("scanned")
 
-    monkeypatch.setattr(index_module, "scan_images", refuse)
+    monkeypatch.setattr(scan_module, "scan_images", refuse)
 
 
 def same_index(a, b):
     return a.paths == b.paths and a.class_names == b.class_names and all(
-        np.array_equal(getattr(a, name), getattr(b, name)) for name in ("labels", "sizes", "num_bytes", "formats", "modes")
+        np.array_equal(getattr(a, name), getattr(b, name)) for name in ("labels", "sizes", "num_bytes", "verdicts")
     )  # fmt: skip
 
 
@@ -89,9 +88,9 @@ def test_scan_says_what_it_found(odd_root, tmp_path, capsys):
     assert "--output" in capsys.readouterr().err
 
 
-def test_processes_find_the_same(sample_root, sample_index, monkeypatch):
-    monkeypatch.setattr(index_module, "_FILES_PER_TASK", 7)
-    assert same_index(scan_images(sample_root, split="train", workers=2), sample_index)
+def test_processes_find_the_same(drawn_root, drawn_index, monkeypatch):
+    monkeypatch.setattr(scan_module, "_FILES_PER_TASK", 7)
+    assert same_index(scan_images(drawn_root, split="train", workers=2), drawn_index)
 
 
 def test_a_pack_gives_the_folders_batches(root, packed, loader_name, device):
@@ -102,24 +101,11 @@ def test_a_pack_gives_the_folders_batches(root, packed, loader_name, device):
     for rank in range(2):
         ours = []
         for index in (folder, shards):
-            options = {
-                "batch_size": 4,
-                "img_size": 64,
-                "views": 2,
-                "seed": 1,
-                "device": device,
-                "workers": 2,
-                **NORMALIZE,
-            }
-            with build_loader(index, loader=loader_name, rank=rank, world_size=2, **options) as loader:
-                ours.append([torch.stack(views) for views in loader.batches(0, 7)])
+            with train_loader(index, loader_name, batch_size=4, rank=rank, world_size=2, device=device) as loader:
+                ours.append(copies(loader.batches(0, 7)))
         assert len(ours[0]) == 7 and all(torch.equal(a, b) for a, b in zip(*ours))
     folder, shards = find_images(root, split="val", workers=1), find_images(packed, split="val")
-    options = {"batch_size": 8, "img_size": 64, "resize_size": 73, "workers": 1, **NORMALIZE}
-    with (
-        build_eval_loader(folder, loader=loader_name, **options) as a,
-        build_eval_loader(shards, loader=loader_name, **options) as b,
-    ):
+    with eval_loader(folder, loader_name) as a, eval_loader(shards, loader_name) as b:
         for (x, y, i), (u, v, j) in zip(a, b, strict=True):
             assert torch.equal(x, u) and torch.equal(y, v) and torch.equal(i, j)
 
@@ -146,8 +132,8 @@ def test_a_cut_off_pack_goes_on(root, packed, tmp_path, capsys):
     for name in ("train-000001.tar", "val-000001.tar"):
         del manifest["shards"][name]
     (packed / "manifest.json").write_text(json.dumps(manifest))
-    (packed / "train-000001.tar").rename(packed / "train-000001.tar.tmp")
-    os.truncate(packed / "train-000001.tar.tmp", 1000)
+    (packed / "train-000001.tar").rename(packed / "tmp_0_train-000001.tar")
+    os.truncate(packed / "tmp_0_train-000001.tar", 1000)
     os.truncate(packed / "train-000002.tar", 1000)
     (packed / "index.npz").unlink()
     with pytest.raises(DataError, match="not packed to the end"):
@@ -181,7 +167,8 @@ def test_resized_pack(tmp_path):
     Image.fromarray(ramp[:100]).save(tmp_path / "src" / "a" / "small.png")
     assert pack([str(tmp_path / "src"), str(tmp_path / "dst"), "--short-side=101", "--workers=1"]) == 0
     index = find_images(tmp_path / "dst")
-    assert index.sizes.tolist() == [[101, 151], [100, 300]] and index.formats.tolist() == ["JPEG", "PNG"]
+    assert index.sizes.tolist() == [[101, 151], [100, 300]] and index.paths == ["a/large.png", "a/small.png"]
+    assert [Image.open(io.BytesIO(index.encoded(i))).format for i in range(2)] == ["JPEG", "PNG"]
     assert index.encoded(1).tobytes() == (tmp_path / "src" / "a" / "small.png").read_bytes()
     wanted = np.asarray(Image.fromarray(ramp).resize((151, 101), Image.Resampling.BICUBIC)).astype(float)
     assert np.abs(np.asarray(index.read_image(0)) - wanted).mean() < 2  # JPEG
@@ -240,9 +227,8 @@ def test_a_truncated_shard_is_named(packed, loader_name, cut):
         scan_images(packed, split="train", workers=1)
     with pytest.raises(DataError, match=r"truncated or changed since the scan: train-000001\.tar;"):
         find_images(packed)
-    options = {"batch_size": 48, "img_size": 64, "views": 1, "seed": 1, "workers": 1, **NORMALIZE}
     with (
-        build_loader(index, loader=loader_name, **options) as loader,
+        train_loader(index, loader_name, batch_size=48, color_jitter=None, workers=1) as loader,
         pytest.raises(DataError, match=r"^got shard .*train-000001\.tar of .* truncated"),
     ):
         next(loader.batches(0, 1))
@@ -251,7 +237,7 @@ def test_a_truncated_shard_is_named(packed, loader_name, cut):
 def test_a_killed_program_leaves_no_processes():
     code = """
 import os, time
-from tinymim_fast.data.index import in_parallel
+from tinymim_fast.data.parallel import in_parallel
 def work(i):
     os.write(1, b"%d\\n" % os.getpid())  # in one piece
     time.sleep(100)

@@ -3,8 +3,11 @@ import dataclasses
 import numpy as np
 import pytest
 
+from tinymim_fast.batches import BatchPlan
 from tinymim_fast.data import DataError, ImageIndex
+from tinymim_fast.data.bad_files import BadFiles
 from tinymim_fast.data.plan import EvalPlan, TrainPlan
+from tinymim_fast.data.views import EvalView, TrainView
 
 
 def make_index(n, sizes=(100, 120)):
@@ -17,21 +20,18 @@ def make_index(n, sizes=(100, 120)):
     )
 
 
-def make_plan(n=53, batch_size=2, rank=0, world_size=1, accumulation_steps=1, views=2):
-    return TrainPlan(
-        index=make_index(n),
-        batch_size=batch_size,
-        img_size=32,
-        views=views,
-        seed=0,
-        rank=rank,
-        world_size=world_size,
-        accumulation_steps=accumulation_steps,
-        scale=(0.2, 1.0),
-        ratio=(3 / 4, 4 / 3),
-        hflip=0.5,
-        color_jitter=(0.4, 0.4, 0.4),
-    )
+def make_plan(n=53, batch_size=2, rank=0, world_size=1, accumulation_steps=1):
+    batches = BatchPlan(micro_batch_size=batch_size, accumulation_steps=accumulation_steps, world_size=world_size)
+    return TrainPlan(index=make_index(n), view=TrainView(img_size=32), batches=batches, seed=0, rank=rank)
+
+
+def make_eval_plan(index, img_size=24, resize_size=32, batch_size=1, rank=0, world_size=1):
+    view = EvalView(img_size=img_size, resize_size=resize_size)
+    return EvalPlan(index=index, view=view, batch_size=batch_size, rank=rank, world_size=world_size)
+
+
+def params(plan, number):
+    return plan.params(number, plan.sample_ids(number))
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
@@ -45,12 +45,12 @@ def test_global_batches_are_the_same_for_any_layout(world_size, accumulation_ste
     ]
     for step in range(2 * whole.steps_per_epoch + 1):  # past an epoch's end
         parts = [
-            (plan.sample_ids(step * accumulation_steps + micro), plan.params(step * accumulation_steps + micro))
+            (plan.sample_ids(step * accumulation_steps + micro), params(plan, step * accumulation_steps + micro))
             for micro in range(accumulation_steps)
             for plan in ranks
         ]
         np.testing.assert_array_equal(np.concatenate([ids for ids, _ in parts]), whole.sample_ids(step))
-        np.testing.assert_array_equal(np.concatenate([p.left for _, p in parts]), whole.params(step).left)
+        np.testing.assert_array_equal(np.concatenate([p.left for _, p in parts]), params(whole, step).left)
 
 
 def test_each_sample_at_most_once_an_epoch():
@@ -63,36 +63,35 @@ def test_each_sample_at_most_once_an_epoch():
 
 
 def test_an_epoch_without_steps_is_refused():
-    with pytest.raises(DataError, match=r"--train-batch-size 60 for 53 images .*; want at most 53"):
+    with pytest.raises(DataError, match=r"batches: got 60 images a step for 53 images .*, want at most 53"):
         make_plan(n=53, batch_size=15, world_size=2, accumulation_steps=2)
 
 
 def test_replacements_are_cropped_to_their_own_size():
     sizes = np.random.default_rng(0).integers(20, 700, (53, 2)).astype(np.int32)
     plan = dataclasses.replace(make_plan(batch_size=53), index=make_index(53, sizes))
-    sound = plan.params(0)
-    plan.bad.update((i, "bad") for i in range(25))
-    ids, read_ids, params = plan.sample_ids(0), plan.read_ids(0), plan.params(0)
+    bad_files = BadFiles(plan.index)
+    assert plan.read_ids(0, bad_files).tolist() == plan.sample_ids(0).tolist()
+    bad_files.update(dict.fromkeys(range(25), "bad"))
+    ids, read_ids = plan.sample_ids(0), plan.read_ids(0, bad_files)
+    sound, replaced = params(plan, 0), plan.params(0, read_ids)
     assert (read_ids[ids >= 25] == ids[ids >= 25]).all() and (read_ids >= 25).all()
-    np.testing.assert_array_equal(params.top[ids >= 25], sound.top[ids >= 25])
-    assert (params.top + params.height <= sizes[read_ids, 0]).all()
-    assert (params.left + params.width <= sizes[read_ids, 1]).all()
-    np.testing.assert_array_equal(params.flip, sound.flip)
+    np.testing.assert_array_equal(replaced.top[ids >= 25], sound.top[ids >= 25])
+    assert (replaced.top + replaced.height <= sizes[read_ids, 0]).all()
+    assert (replaced.left + replaced.width <= sizes[read_ids, 1]).all()
+    np.testing.assert_array_equal(replaced.flip, sound.flip)
 
 
-@pytest.mark.parametrize("changes, message", [({"views": 3}, "views=3"), ({"rank": 2, "world_size": 2}, "rank=2")])
-def test_bad_settings_are_named(changes, message):
-    with pytest.raises(DataError, match=message):
-        make_plan(**changes)
+def test_there_must_be_such_a_rank():
+    with pytest.raises(DataError, match=r"rank: got 2, want 0 <= rank < world_size, 2"):
+        make_plan(rank=2, world_size=2)
 
 
 @pytest.mark.parametrize("n, world_size, batch_size", [(10, 1, 4), (11, 2, 4), (11, 3, 2), (2, 3, 4)])
 def test_evaluation_visits_each_image_once(n, world_size, batch_size):
     seen = []
     for rank in range(world_size):
-        plan = EvalPlan(
-            index=make_index(n), batch_size=batch_size, img_size=24, resize_size=32, rank=rank, world_size=world_size
-        )
+        plan = make_eval_plan(make_index(n), batch_size=batch_size, rank=rank, world_size=world_size)
         batches = [plan.sample_ids(i) for i in range(plan.num_batches)]
         assert all(len(ids) == batch_size for ids in batches[:-1]) and all(len(ids) > 0 for ids in batches)
         seen += [i for ids in batches for i in ids]
@@ -105,15 +104,7 @@ def test_sizes_and_anchors_are_torchvisions(img_size, resize_size):
     torch = pytest.importorskip("torch")
     for height, width in np.random.default_rng(0).integers(20, 700, (60, 2)):
         # a picture of coordinates shows which pixels were taken
-        plan = EvalPlan(
-            index=make_index(1, (height, width)),
-            batch_size=1,
-            img_size=img_size,
-            resize_size=resize_size,
-            rank=0,
-            world_size=1,
-        )
-        p = plan.params(0)
+        p = params(make_eval_plan(make_index(1, (height, width)), img_size, resize_size), 0)
         resized = T.Resize(resize_size)(torch.empty(1, height, width)).shape[1:]
         assert (p.height[0], p.width[0]) == tuple(resized), (height, width)
         rows, columns = torch.meshgrid(*(torch.arange(side) for side in resized), indexing="ij")
@@ -122,5 +113,5 @@ def test_sizes_and_anchors_are_torchvisions(img_size, resize_size):
 
 
 def test_evaluation_crop_must_fit():
-    with pytest.raises(DataError, match="resize_size=200, want at least img_size=224"):
-        EvalPlan(index=make_index(1), batch_size=1, img_size=224, resize_size=200, rank=0, world_size=1)
+    with pytest.raises(DataError, match="resize_size: got 200, want at least img_size, 224"):
+        EvalView(img_size=224, resize_size=200)

@@ -15,7 +15,8 @@ from tinymim_fast.models.checkpoints import (
     read_weights,
     save_weights,
 )
-from tinymim_fast.models.vit import TappedViT, head_layout, sincos_2d
+from tinymim_fast.models.taps import Place, Taps
+from tinymim_fast.models.vit import head_layout, sincos_2d
 
 SMALL = {"patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3}
 NAME = "vit_tiny_patch16_224"
@@ -103,7 +104,7 @@ def test_architecture_is_read_off_the_widths(tmp_path):
 
 def test_widths_that_no_model_has_ask_for_the_name(tmp_path):
     torch.save({"model": official_mae_state()}, tmp_path / "m.pth")
-    with pytest.raises(InputError, match="3 blocks of width 48, patch 8; say with --teacher-model"):
+    with pytest.raises(InputError, match=r"model: .* holds 3 blocks of width 48, patch 8"):
         load_encoder(str(tmp_path / "m.pth"))
 
 
@@ -138,7 +139,7 @@ def test_what_is_no_checkpoint_is_named(tmp_path):
     other.write_bytes(b"x" * 100)
     torch.save({"epoch": 3}, numbers)
     for path in (text, empty, cut, other, numbers, tmp_path / "missing.pth", tmp_path):
-        with pytest.raises(InputError, match=f"--teacher-checkpoint {path}"):
+        with pytest.raises(InputError, match=f"source: {path}"):
             load(path)
 
 
@@ -178,14 +179,14 @@ def test_own_checkpoint_says_what_it_is(tmp_path):
         assert all(
             torch.equal(a, b) for a, b in zip(again.state_dict().values(), vit.state_dict().values(), strict=True)
         )
-    with pytest.raises(InputError, match="--teacher-model: got vit_base_patch16_224"):
+    with pytest.raises(InputError, match="model: got vit_base_patch16_224"):
         load_encoder(str(folder), model="vit_base_patch16_224")
 
 
 def test_timm_names(tmp_path):
     with pytest.raises(InputError, match="timm has no model of this name"):
         load_encoder("timm:no_such_model")
-    with pytest.raises(InputError, match="leave --teacher-model out"):
+    with pytest.raises(InputError, match=r"model: got .*; leave it out"):
         load_encoder(f"timm:{NAME}", model="vit_base_patch16_224")
 
 
@@ -198,13 +199,14 @@ def test_timm_weights_from_a_local_folder(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     again, _ = load_encoder(f"timm:local-dir:{tmp_path}", img_size=32)
     images = torch.randn(1, 3, 32, 32)
-    torch.testing.assert_close(TappedViT(again, 2)(images), TappedViT(vit, 2)(images))
+    theirs, ours = (Taps(model, [Place("output", 2)])(images)[Place("output", 2)] for model in (vit, again))
+    torch.testing.assert_close(ours, theirs)
 
 
 def test_metadata_is_in_the_file(tmp_path):
     vit = timm.create_model(NAME, num_classes=0, img_size=32, **SMALL)
     save_weights(tmp_path, vit.state_dict(), ModelInfo(NAME, {}, "mae", head_layout(vit)))
-    state, info = read_weights(tmp_path, flag="f")
+    state, info = read_weights(tmp_path)
     assert info.head_layout == {"embed_dim": 48, "num_heads": [3, 3, 3]} and set(state) == set(vit.state_dict())
 
 

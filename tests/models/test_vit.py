@@ -1,12 +1,11 @@
 import pytest
 import timm
 import torch
-import torch.nn.functional as F
 from timm.models.vision_transformer import ParallelScalingBlock, ResPostBlock
 
 from tinymim_fast.errors import InputError
 from tinymim_fast.models.vit import (
-    TappedViT,
+    check_supported,
     create_vit,
     default_target_block,
     init_mae_style,
@@ -17,90 +16,26 @@ from tinymim_fast.models.vit import (
 SMALL = {"patch_size": 8, "embed_dim": 48, "depth": 4, "num_heads": 3}
 
 
-def qkv_by_hook(model, block, images):
-    """What the qkv projection of `block` (1-based) gives in the whole model, as (B, N, 3, H, D) after qk-norm."""
-    caught = {}
-    attn = model.blocks[block - 1].attn
-    handle = attn.qkv.register_forward_hook(lambda module, inputs, output: caught.update(qkv=output))
-    model.forward_features(images)
-    handle.remove()
-    q, k, v = caught["qkv"].unflatten(-1, (3, attn.num_heads, attn.head_dim)).unbind(2)
-    return torch.stack((attn.q_norm(q), attn.k_norm(k), v), 2).flatten(2)
-
-
-@pytest.mark.parametrize(
-    "kwargs",
-    [
-        {},
-        {"class_token": False},
-        {"reg_tokens": 4},
-        {"reg_tokens": 2, "no_embed_class": True},
-        {"pos_embed": "none"},
-        {"qk_norm": True},
-        {"init_values": 1e-1},
-        {"pre_norm": True},
-        {"dynamic_img_size": True},
-        {"img_size": 64},
-        {"patch_size": 16},
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize("block", [1, 3, 4])
-def test_tap_is_what_the_whole_model_computes(kwargs, block):
-    torch.manual_seed(0)
-    kwargs = {**SMALL, "img_size": 32, **kwargs}
-    size = kwargs.pop("img_size")
-    model = create_vit("vit_tiny_patch16_224", img_size=size, flag="f", **kwargs).eval()
-    for module in model.modules():  # norms that are not the identity
-        if isinstance(module, torch.nn.LayerNorm):
-            torch.nn.init.normal_(module.weight), torch.nn.init.normal_(module.bias)
-    images = torch.randn(2, 3, size, size)
-    want = qkv_by_hook(model, block, images)
-    tap = TappedViT(model, block)
-    got = tap(images)
-    torch.testing.assert_close(got, want, rtol=0, atol=0)
-    assert got.shape == (2, tap.num_tokens, 3 * tap.qkv_dim)
-
-
-def test_nothing_behind_the_tap_remains():
-    tap = TappedViT(create_vit("vit_tiny_patch16_224", img_size=32, flag="f", **SMALL), 2)
-    names = [name for name, _ in tap.named_parameters()]
-    assert not any(
-        name.startswith(("model.blocks.2", "model.norm", "model.head", "model.blocks.1.mlp")) for name in names
-    )
-    assert {name for name in names if "blocks.1." in name} == {
-        f"model.blocks.1.{part}.{kind}" for part in ("norm1", "attn.qkv") for kind in ("weight", "bias")
-    }
-    tap(torch.randn(1, 3, 32, 32)).square().sum().backward()
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for n, p in tap.named_parameters()), "each gets a gradient"
-
-
-@pytest.mark.parametrize("block", [0, 5, -1])
-def test_block_out_of_range(block):
-    with pytest.raises(InputError, match=rf"--target-block: got {block}, want 1 to 4"):
-        TappedViT(create_vit("vit_tiny_patch16_224", img_size=32, flag="f", **SMALL), block)
-
-
 @pytest.mark.parametrize("name", ["resnet10t", "eva02_tiny_patch14_224", "no_such_model"])
 def test_other_models_are_refused(name):
-    with pytest.raises(InputError, match=f"--student-model {name}"):
-        create_vit(name, img_size=224, flag="--student-model")
+    with pytest.raises(InputError, match=f"model: {name}: "):
+        create_vit(name, img_size=224)
 
 
 @pytest.mark.parametrize("block_fn", [ResPostBlock, ParallelScalingBlock])
 def test_other_blocks_are_refused(block_fn):
     with pytest.raises(InputError, match=f"block 1 is a {block_fn.__name__}"):
-        create_vit("vit_tiny_patch16_224", img_size=32, flag="--student-model", block_fn=block_fn, **SMALL)
+        check_supported(timm.create_model("vit_tiny_patch16_224", img_size=32, block_fn=block_fn, **SMALL), "m")
 
 
 def test_heads_that_dont_divide_the_width_are_refused():
-    with pytest.raises(InputError, match="--student-model"):
-        create_vit("vit_tiny_patch16_224", img_size=32, flag="--student-model", **{**SMALL, "num_heads": 5})
+    with pytest.raises(InputError, match="model: vit_tiny_patch16_224"):
+        create_vit("vit_tiny_patch16_224", img_size=32, **{**SMALL, "num_heads": 5})
 
 
 def test_initial_weights():
     torch.manual_seed(0)
-    model = create_vit("vit_tiny_patch16_224", img_size=224, flag="f")
+    model = create_vit("vit_tiny_patch16_224", img_size=224)
     init_mae_style(model, pos_embed="sincos")
     qkv = model.blocks[3].attn.qkv
     bound = (6 / (192 + 3 * 192)) ** 0.5
@@ -123,7 +58,7 @@ def test_sincos_is_written_out():
 
 
 def test_drop_path_is_constant_before_the_last_block():
-    model = create_vit("vit_tiny_patch16_224", img_size=32, flag="f", **SMALL)
+    model = create_vit("vit_tiny_patch16_224", img_size=32, **SMALL)
     set_constant_drop_path(model, 0.1)
     rates = [getattr(b.drop_path1, "drop_prob", 0.0) for b in model.blocks]
     assert rates == [0.1, 0.1, 0.1, 0.0]
@@ -131,14 +66,3 @@ def test_drop_path_is_constant_before_the_last_block():
 
 def test_target_block_defaults():
     assert default_target_block(24) == 18 and default_target_block(12) == 12
-
-
-def test_attention_is_timms():
-    """The tapped model's earlier blocks are timm's own, so features match a plain timm model."""
-    torch.manual_seed(0)
-    model = timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=32, **SMALL).eval()
-    images = torch.randn(1, 3, 32, 32)
-    before_last = model.get_intermediate_layers(images, n=[2], return_prefix_tokens=False)[0]
-    norm1 = model.blocks[3].norm1
-    want = F.layer_norm(before_last, (48,), norm1.weight, norm1.bias, norm1.eps)
-    torch.testing.assert_close(TappedViT(model, 4).tokens(images)[:, 1:], want)

@@ -20,9 +20,10 @@ from nvidia.dali import Pipeline, pipeline_def
 from nvidia.dali.pipeline import do_not_convert
 from PIL import Image, ImageEnhance
 
-from tinymim_fast.data.draws import BRIGHTNESS, CONTRAST
+from tinymim_fast.data.bad_files import BadFiles
+from tinymim_fast.data.draws import BRIGHTNESS, CONTRAST, ViewDraws
 from tinymim_fast.data.errors import DataError, ImageError, name_some
-from tinymim_fast.data.plan import EvalPlan, TrainPlan
+from tinymim_fast.data.plan import CenterCrops, EvalPlan, TrainPlan
 
 _GREY = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # PIL's "L"
 _TRUNCATE = -0.499  # DALI rounds to uint8, PIL's blend truncates
@@ -33,17 +34,15 @@ _DTYPES = {torch.float32: types.FLOAT, torch.float16: types.FLOAT16}  # DALI has
 
 def batches(
     plan: TrainPlan | EvalPlan,
+    bad_files: BadFiles,
     numbers: Sequence[int],
     *,
     device: torch.device,
     workers: int,
     prefetch: int,
-    mean: Sequence[float],
-    std: Sequence[float],
-    dtype: torch.dtype,
     dali_kwargs: Mapping[str, float],
 ) -> Iterator[tuple[torch.Tensor, ...]]:
-    """Views (B, 3, S, S) of `dtype`, float32 or float16, on `device` for each batch number.
+    """Views (B, 3, S, S) on `device` for each batch number.
 
     `workers` threads decode, at least one; `dali_kwargs`: see `build_loader`.
 
@@ -60,10 +59,10 @@ def batches(
             inputs=inputs,
             plan=plan,
             normalize={
-                "mean": [255 * m for m in mean],
-                "std": [255 * s for s in std],
+                "mean": [255 * m for m in plan.view.mean],
+                "std": [255 * s for s in plan.view.std],
                 "output_layout": "CHW",
-                "dtype": _DTYPES[dtype],
+                "dtype": _DTYPES[plan.view.dtype],
             },
             decoder={**_DECODE_OPTIONS, "device": "mixed" if is_gpu else "cpu", **decoder},
             threads=None if is_gpu else threads,
@@ -76,8 +75,8 @@ def batches(
         done = 0
         while done < len(numbers):  # once, and again after each batch with a file that can't be decoded
             pipeline = build(
-                (_files(plan, number) for number in numbers[done:]),
-                (_inputs(plan, number) for number in numbers[done:]),
+                (_files(plan, number, bad_files) for number in numbers[done:]),
+                (_inputs(plan, number, bad_files) for number in numbers[done:]),
                 batch_size=plan.batch_size,
                 num_threads=max(1, workers),
                 **queue,
@@ -97,16 +96,22 @@ def batches(
             finally:
                 pipeline._shutdown()  # now, not when the last traceback that holds the pipeline is dropped
             if failure is not None:
-                _single_out(plan, numbers[done], build, failure)
+                _single_out(plan, bad_files, numbers[done], build, failure)
 
 
-def _single_out(plan: TrainPlan | EvalPlan, number: int, build: Callable[..., Pipeline], failure: RuntimeError) -> None:
-    """Put the samples of a batch that can't be decoded into `plan.bad`: DALI fails a batch without saying which.
+def _single_out(
+    plan: TrainPlan | EvalPlan,
+    bad_files: BadFiles,
+    number: int,
+    build: Callable[..., Pipeline],
+    failure: RuntimeError,
+) -> None:
+    """Put the samples of a batch that can't be decoded into the ledger: DALI fails a batch without saying which.
 
     Raises:
         DataError: in evaluation, or where none fails alone.
     """
-    read_ids = plan.read_ids(number).tolist()
+    read_ids = plan.read_ids(number, bad_files).tolist()
     damage = {}
     for sample_id in read_ids:
         try:
@@ -114,10 +119,10 @@ def _single_out(plan: TrainPlan | EvalPlan, number: int, build: Callable[..., Pi
         except ImageError as error:
             damage[sample_id] = error
     if not damage:  # what PIL can decode is not what DALI can
-        for i in _failing_alone(plan, number, build):
+        for i in _failing_alone(plan, bad_files, number, build):
             file, cause = plan.index.file(read_ids[i]), _cause(failure)
             damage[read_ids[i]] = ImageError(
-                f"got {file}, which PIL can decode and DALI can't: {cause}; convert it or use --loader torchvision",
+                f"got {file}, which PIL can decode and DALI can't: {cause}; convert it, or choose the loader torchvision",
                 f"DALI: {cause}",
             )
     if not damage:
@@ -125,12 +130,14 @@ def _single_out(plan: TrainPlan | EvalPlan, number: int, build: Callable[..., Pi
         raise DataError(f"DALI could not decode a batch of these files, though each of them alone: {names}\n{failure}")
     if isinstance(plan, EvalPlan):
         raise next(iter(damage.values()))
-    plan.bad.update((sample_id, error.reason) for sample_id, error in damage.items())
+    bad_files.update({sample_id: error.reason for sample_id, error in damage.items()})
 
 
-def _failing_alone(plan: TrainPlan | EvalPlan, number: int, build: Callable[..., Pipeline]) -> list[int]:
+def _failing_alone(
+    plan: TrainPlan | EvalPlan, bad_files: BadFiles, number: int, build: Callable[..., Pipeline]
+) -> list[int]:
     """Positions in a batch of the samples that fail when they go alone through the same graph."""
-    files, inputs = _files(plan, number), _inputs(plan, number)
+    files, inputs = _files(plan, number, bad_files), _inputs(plan, number, bad_files)
     failing, start = [], 0
     while start < len(files):
         singles = range(start, len(files))
@@ -158,9 +165,9 @@ def _cause(error: RuntimeError) -> str:
     return next((line.strip() for line in lines if line.strip()), "unknown error")
 
 
-def _files(plan: TrainPlan | EvalPlan, number: int) -> list[np.ndarray] | np.ndarray:
+def _files(plan: TrainPlan | EvalPlan, number: int, bad_files: BadFiles) -> list[np.ndarray] | np.ndarray:
     """Views of files in shards, n of (bytes,) uint8, or names of files for DALI to read, (n, bytes) uint8."""
-    index, read_ids = plan.index, plan.read_ids(number).tolist()
+    index, read_ids = plan.index, plan.read_ids(number, bad_files).tolist()
     if index.shards:
         return [index.encoded(i) for i in read_ids]
     folder = os.path.join(os.fsencode(index.root), b"")
@@ -169,24 +176,23 @@ def _files(plan: TrainPlan | EvalPlan, number: int) -> list[np.ndarray] | np.nda
     return names.view(np.uint8).reshape(len(names), -1)
 
 
-def _inputs(plan: TrainPlan | EvalPlan, number: int) -> tuple[np.ndarray, ...]:
+def _inputs(plan: TrainPlan | EvalPlan, number: int, bad_files: BadFiles) -> tuple[np.ndarray, ...]:
     """The parameters of a batch as arrays (n, ...)."""
-    return _train_inputs(plan, number) if isinstance(plan, TrainPlan) else _eval_inputs(plan, number)
+    params = plan.params(number, plan.read_ids(number, bad_files))
+    return _eval_inputs(params) if isinstance(params, CenterCrops) else _train_inputs(params, plan.view.num_views)
 
 
-def _train_inputs(plan: TrainPlan, number: int) -> tuple[np.ndarray, ...]:
-    p = plan.params(number)
-    crop = (np.stack([p.top, p.left], axis=1), np.stack([p.height, p.width], axis=1))  # (n, 2) each
-    inputs = (*crop, p.flip.astype(np.int32))
-    if plan.views == 1:
+def _train_inputs(draws: ViewDraws, num_views: int) -> tuple[np.ndarray, ...]:
+    crop = (np.stack([draws.top, draws.left], axis=1), np.stack([draws.height, draws.width], axis=1))  # (n, 2) each
+    inputs = (*crop, draws.flip.astype(np.int32))
+    if num_views == 1:
         return inputs
-    order = np.ascontiguousarray(p.jitter_order.T)  # (stages, n)
-    return (*inputs, *order, *np.take_along_axis(p.jitter.T, order, axis=0).astype(np.float32))
+    order = np.ascontiguousarray(draws.jitter_order.T)  # (stages, n)
+    return (*inputs, *order, *np.take_along_axis(draws.jitter.T, order, axis=0).astype(np.float32))
 
 
-def _eval_inputs(plan: EvalPlan, number: int) -> tuple[np.ndarray, ...]:
-    p = plan.params(number)
-    size, anchor = np.stack([p.height, p.width], axis=1), np.stack([p.top, p.left], axis=1)
+def _eval_inputs(crops: CenterCrops) -> tuple[np.ndarray, ...]:
+    size, anchor = np.stack([crops.height, crops.width], axis=1), np.stack([crops.top, crops.left], axis=1)
     return size.astype(np.float32), anchor
 
 
@@ -254,12 +260,12 @@ def _train_graph(
     decoder: dict,
     threads: ThreadPoolExecutor | None,
 ):
-    num_inputs = 3 + (2 * _NUM_STAGES if plan.views == 2 else 0)
+    num_inputs = 3 + (2 * _NUM_STAGES if plan.view.num_views == 2 else 0)
     start, shape, flip, *jitter = fn.external_source(inputs, num_outputs=num_inputs)
     image = _decode_crop(_encoded(files, plan), start, shape, decoder)
-    image = _resize(image, types.Constant(np.full(2, plan.img_size, dtype=np.float32)), threads)
+    image = _resize(image, types.Constant(np.full(2, plan.view.img_size, dtype=np.float32)), threads)
     teacher_view = fn.crop_mirror_normalize(image, mirror=flip, **normalize)
-    if plan.views == 1:
+    if plan.view.num_views == 1:
         return teacher_view
     for order, factor in zip(jitter[:_NUM_STAGES], jitter[_NUM_STAGES:]):
         # a condition on a per-sample value splits the batch, so each sample pays for its own operation only
@@ -291,5 +297,5 @@ def _eval_graph(
     encoded = _encoded(files, plan)
     image = _decode_crop(encoded, types.Constant(np.zeros(2, dtype=np.int32)), _stored_shape(encoded), decoder)
     image = _resize(image, size, threads)
-    image = fn.slice(image, start=anchor, shape=[plan.img_size, plan.img_size], axes=[0, 1])
+    image = fn.slice(image, start=anchor, shape=[plan.view.img_size, plan.view.img_size], axes=[0, 1])
     return fn.crop_mirror_normalize(image, **normalize)

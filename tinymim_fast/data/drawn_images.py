@@ -7,8 +7,7 @@ noise. All classes draw their colours from one distribution, so form has to be l
 from __future__ import annotations
 
 import json
-import os
-import tempfile
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,8 +15,9 @@ import numpy as np
 from PIL import Image
 
 from tinymim_fast.data.errors import DataError
+from tinymim_fast.files import whole_folder
 
-_MARKER = "sample_folder.json"  # says that this module wrote the folder, and with which arguments
+_MARKER = "drawn_images.json"  # says that this module wrote the folder, and with which arguments
 _VERSION = 1  # of the drawings: raise it when they change
 
 # A form maps coordinates (x, y) and a generator to a signed distance, negative inside, in the unit of x and y:
@@ -136,20 +136,21 @@ _TEXTURES: dict[str, Form] = {
     "rays": _rays,
     "concentric_rings": lambda x, y, rng: _wave(np.hypot(x, y) + rng.uniform(0, 1), _period(rng)),
 }
-SAMPLE_CLASSES = tuple(sorted([*_SHAPES, *_TEXTURES]))
+DRAWN_CLASSES = tuple(sorted([*_SHAPES, *_TEXTURES]))
 
 
-def draw_sample_folder(
+def draw_image_folder(
     root: str | Path, *, num_train_per_class: int, num_val_per_class: int, size: int, seed: int
 ) -> Path:
     """Draw root/train/<class>/*.jpg and root/val/<class>/*.jpg, the same pictures for the same arguments.
 
-    The folder is drawn under a temporary name beside `root` and renamed when complete. A folder drawn earlier
-    is kept if its arguments were the same, and replaced if not.
+    The folder is drawn under a temporary name beside `root` and renamed when complete. A folder drawn earlier is kept if its
+    arguments were the same, and replaced if not.
 
     Args:
         root: folder to make; its parents are made too.
-        num_train_per_class, num_val_per_class: pictures of each of the SAMPLE_CLASSES.
+        num_train_per_class: pictures of each of the DRAWN_CLASSES.
+        num_val_per_class: the same, for validation.
         size: side of the square pictures, pixels.
         seed: of the pictures.
 
@@ -172,22 +173,19 @@ def draw_sample_folder(
         if json.loads(marker.read_text()) == made_from:
             return root
     elif root.exists() and (not root.is_dir() or any(root.iterdir())):
-        raise DataError(f"got {root}, which holds something else; want a new or empty folder for the sample pictures")
+        raise DataError(f"got {root}, which holds something else; want a new or empty folder for the drawn images")
 
-    root.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{root.name}.", dir=root.parent) as scratch:
-        drawn = Path(scratch) / "drawn"
+    with whole_folder(root) as drawn:
         for split_id, (split, count) in enumerate([("train", num_train_per_class), ("val", num_val_per_class)]):
-            for label, name in enumerate(SAMPLE_CLASSES):
+            for label, name in enumerate(DRAWN_CLASSES):
                 folder = drawn / split / name
                 folder.mkdir(parents=True)
                 for i in range(count):
                     picture = draw_picture(name, size, np.random.default_rng([seed, split_id, label, i]))
                     Image.fromarray(picture).save(folder / f"{i:05d}.jpg", quality=92)
         (drawn / _MARKER).write_text(json.dumps(made_from, indent=2) + "\n")
-        if root.exists():
-            os.rename(root, Path(scratch) / "replaced")
-        os.rename(drawn, root)
+        if marker.is_file():
+            shutil.rmtree(root)
     return root
 
 

@@ -1,4 +1,4 @@
-"""The order of samples and every random augmentation parameter, as pure functions of (seed, epoch, sample).
+"""The order of samples and all that is random about their views, as pure functions of (seed, epoch, sample).
 
 No generator is carried along, so any step of a run can be recomputed alone: a resumed run, another number of
 ranks or workers, and another loader all see the same crops. The draws follow torchvision's
@@ -12,9 +12,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-BRIGHTNESS, CONTRAST, SATURATION = range(3)  # the jitter operations, as numbered in `TwoViewParams.jitter_order`
+from tinymim_fast.data.views import TrainView
 
-_ORDER_STREAM, _AUGMENT_STREAM, _REPLACEMENT_STREAM = range(3)
+BRIGHTNESS, CONTRAST, SATURATION = range(3)  # the jitter operations, as numbered in `ViewDraws.jitter_order`
+
+_ORDER_STREAM, _VIEW_STREAM, _REPLACEMENT_STREAM = range(3)
 _CROP_ATTEMPTS = 10  # torchvision's
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
@@ -47,7 +49,7 @@ def uniforms(seed: int, epoch: int, sample_ids: np.ndarray, n: int) -> np.ndarra
     Returns:
         (len, n) float64 in [0, 1); a row depends on its own sample alone, not on the batch it is in.
     """
-    return _hash_uniforms((seed, _AUGMENT_STREAM, epoch), sample_ids, n)
+    return _hash_uniforms((seed, _VIEW_STREAM, epoch), sample_ids, n)
 
 
 def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
@@ -63,8 +65,8 @@ def draw_replacements(sample_id: int, num_samples: int, num_draws: int, *, seed:
 
 
 @dataclass(frozen=True, eq=False)
-class TwoViewParams:
-    """What to do to each image of a batch of n: one crop and flip for both views, jitter for the student's.
+class ViewDraws:
+    """What to do to each image of a batch of n: one crop and flip for both views, jitter for the second.
 
     Args:
         top, left, height, width: (n,) int32, the crop in pixels of the stored image.
@@ -82,47 +84,35 @@ class TwoViewParams:
     jitter_order: np.ndarray
 
 
-def draw_two_view_params(
-    sizes: np.ndarray,
-    sample_ids: np.ndarray,
-    *,
-    seed: int,
-    epoch: int,
-    scale: tuple[float, float],
-    ratio: tuple[float, float],
-    hflip: float,
-    color_jitter: tuple[float, float, float],
-) -> TwoViewParams:
+def draw_views(sizes: np.ndarray, sample_ids: np.ndarray, view: TrainView, *, seed: int, epoch: int) -> ViewDraws:
     """Draw crop, flip and colour jitter for a batch, each sample from its own stream of `uniforms`.
 
     Args:
         sizes: (n, 2) height and width of the stored images, pixels.
         sample_ids: (n,) positions in the index.
+        view: ranges and probabilities. Ratios are drawn log-uniformly; a jitter strength x gives factors uniform in
+            [max(0, 1 - x), 1 + x].
         seed, epoch: key of the streams, with the sample id.
-        scale: range of the crop's share of the image area.
-        ratio: range of the crop's aspect ratio, width / height; drawn log-uniformly.
-        hflip: probability of a flip.
-        color_jitter: x for brightness, contrast and saturation: factors are uniform in [max(0, 1 - x), 1 + x].
     """
     u = uniforms(seed, epoch, sample_ids, 2 * _CROP_ATTEMPTS + 9)
     areas, ratios, rest = np.split(u, [_CROP_ATTEMPTS, 2 * _CROP_ATTEMPTS], axis=1)
-    height, width = _crop_sizes(sizes, areas, ratios, scale, ratio)
+    height, width = _crop_sizes(sizes, areas, ratios, view.scale, view.ratio)
     is_fallback = height == 0
-    fallback_height, fallback_width = _fallback_sizes(sizes, ratio)
+    fallback_height, fallback_width = _fallback_sizes(sizes, view.ratio)
     height = np.where(is_fallback, fallback_height, height)
     width = np.where(is_fallback, fallback_width, width)
     spare_height, spare_width = sizes[:, 0] - height, sizes[:, 1] - width
     top = np.where(is_fallback, spare_height // 2, np.floor(rest[:, 0] * (spare_height + 1)))
     left = np.where(is_fallback, spare_width // 2, np.floor(rest[:, 1] * (spare_width + 1)))
 
-    strength = np.asarray(color_jitter)
+    strength = np.asarray(view.color_jitter or (0.0, 0.0, 0.0))
     low, high = np.maximum(0.0, 1 - strength), 1 + strength
-    return TwoViewParams(
+    return ViewDraws(
         top=top.astype(np.int32),
         left=left.astype(np.int32),
         height=height.astype(np.int32),
         width=width.astype(np.int32),
-        flip=rest[:, 2] < hflip,
+        flip=rest[:, 2] < view.hflip,
         jitter=low + (high - low) * rest[:, 3:6],
         jitter_order=np.argsort(rest[:, 6:9], axis=1, kind="stable").astype(np.int32),
     )

@@ -6,15 +6,18 @@ import importlib
 import importlib.util
 import logging
 import weakref
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping
 from types import ModuleType
 from typing import Literal
 
 import torch
 
+from tinymim_fast.batches import BatchPlan
+from tinymim_fast.data.bad_files import BadFiles
 from tinymim_fast.data.errors import DataError
 from tinymim_fast.data.index import ImageIndex
 from tinymim_fast.data.plan import EvalPlan, TrainPlan
+from tinymim_fast.data.views import EvalView, TrainView
 
 log = logging.getLogger(__name__)
 
@@ -26,14 +29,14 @@ DALI_KWARGS = ("hw_decoder_load", "device_memory_padding", "host_memory_padding"
 class _Loader:
     """Starts iterations over a plan's batches and ends all of them on `close`, or at the end of a with block."""
 
-    def __init__(self, plan: TrainPlan | EvalPlan, backend: ModuleType, options: dict):
-        self.plan = plan
+    def __init__(self, plan: TrainPlan | EvalPlan, bad_files: BadFiles, backend: ModuleType, options: dict):
+        self.plan, self.bad_files = plan, bad_files
         self._backend = backend
         self._options = options
         self._running: weakref.WeakSet[Generator] = weakref.WeakSet()
 
     def _start(self, numbers: range) -> Generator[tuple[torch.Tensor, ...], None, None]:
-        batches = self._backend.batches(self.plan, numbers, **self._options)
+        batches = self._backend.batches(self.plan, self.bad_files, numbers, **self._options)
         self._running.add(batches)
         return batches
 
@@ -50,18 +53,14 @@ class _Loader:
 
 
 class TrainLoader(_Loader):
-    """Endless, resumable training batches of one rank; made by `build_loader`."""
+    """Endless, resumable training batches of one rank; made by `build_loader`.
+
+    Attributes:
+        plan: the batches, a `TrainPlan`.
+        bad_files: the ledger that files which can't be decoded are written into as they are met; others take their place.
+    """
 
     plan: TrainPlan
-
-    @property
-    def bad(self) -> dict[int, str]:
-        """Samples whose files could not be decoded, with the reason; each is replaced by another sample.
-
-        Which one depends on (seed, epoch, sample) and on the files alone. Samples that are put here, as found by other
-        ranks or an earlier run, are replaced without another try.
-        """
-        return self.plan.bad
 
     @property
     def steps_per_epoch(self) -> int:
@@ -72,14 +71,14 @@ class TrainLoader(_Loader):
         """Micro-batches of the optimizer steps start_step .. start_step + num_steps - 1, counted across epochs.
 
         Returns:
-            Iterator of accumulation_steps * num_steps tuples of `views` tensors (B, 3, S, S) on the
+            Iterator of accumulation_steps * num_steps tuples of `view.num_views` tensors (B, 3, S, S) on the
             loader's device: (teacher_view, student_view), or (view,). Same step, same values, whatever the
             start. Prefetching goes on over the ends of epochs.
 
         Raises:
             DataError: while iterating, for a missing or truncated shard, or many files in a row that can't be decoded.
         """
-        micro_per_step = self.plan.accumulation_steps
+        micro_per_step = self.plan.batches.accumulation_steps
         return self._start(range(start_step * micro_per_step, (start_step + num_steps) * micro_per_step))
 
 
@@ -107,125 +106,93 @@ class EvalLoader(_Loader):
 
 def build_loader(
     index: ImageIndex,
+    view: TrainView,
+    batches: BatchPlan,
     *,
-    loader: LoaderName,
-    batch_size: int,
-    img_size: int,
-    views: Literal[1, 2],
+    loader: LoaderName = "auto",
     seed: int,
-    mean: Sequence[float],
-    std: Sequence[float],
-    device: torch.device | str = "cpu",
     rank: int = 0,
-    world_size: int = 1,
-    accumulation_steps: int = 1,
+    device: torch.device | str = "cpu",
     workers: int = 8,
     prefetch: int = 2,
-    scale: tuple[float, float] = (0.2, 1.0),
-    ratio: tuple[float, float] = (3 / 4, 4 / 3),
-    hflip: float = 0.5,
-    color_jitter: tuple[float, float, float] = (0.4, 0.4, 0.4),
-    dtype: torch.dtype = torch.float32,
+    bad_files: BadFiles | None = None,
     dali_kwargs: Mapping[str, float] | None = None,
 ) -> TrainLoader:
     """Build the training loader of one rank.
 
-    The global batch of step k is the k-th block of the epoch's order. Its samples and their augmentation depend
-    on (seed, epoch, sample) alone: not on the loader, the ranks, the workers or where a run was resumed.
+    The global batch of step k is the k-th block of the epoch's order. Its samples, crops and jitter depend on (seed, epoch,
+    sample) alone: not on the loader, the ranks, the workers or where a run was resumed.
 
     Args:
         index: the images.
+        view: what is made of each; with colour jitter, batches are (teacher_view, student_view), else (view,).
+        batches: how a global batch is divided among ranks and into micro-batches.
         loader: "dali", "torchvision", or "auto": DALI where it is installed.
-        batch_size: images per micro-batch of this rank.
-        img_size: side of the views, pixels.
-        views: 2 for (teacher view, colour-jittered student view) of one crop, 1 for the crop alone.
-        seed: of order and augmentation; equal on all ranks.
-        mean, std: per channel, of 1.
+        seed: of order, crops and jitter; equal on all ranks.
+        rank: this process among `batches.world_size`.
         device: where the views are wanted, "cpu" or a CUDA device with its index.
-        rank, world_size: this process among all that train together.
-        accumulation_steps: micro-batches per optimizer step.
         workers: decoding threads (DALI, at least one) or processes (torchvision, 0 for none).
         prefetch: batches made ahead, in all (DALI) or by each worker (torchvision).
-        scale, ratio: ranges of the crop's share of the area and of its width / height.
-        hflip: probability of a horizontal flip of both views.
-        color_jitter: brightness, contrast and saturation strengths, as in torchvision's ColorJitter.
-        dtype: of the views, float32 or float16.
+        bad_files: a ledger of `index` that says what can't be decoded already; by default an empty one.
         dali_kwargs: any of DALI's `hw_decoder_load`, 0 to 1, `device_memory_padding` and `host_memory_padding`, bytes (all of
             its decoder, on a GPU), and `prefetch_queue_depth`, which overrides `prefetch`; other loaders take no notice.
 
     Raises:
         DataError: an epoch would have no step, a bad setting, or the named loader is not installed.
     """
-    plan = TrainPlan(
-        index=index,
-        batch_size=batch_size,
-        img_size=img_size,
-        views=views,
-        seed=seed,
-        rank=rank,
-        world_size=world_size,
-        accumulation_steps=accumulation_steps,
-        scale=scale,
-        ratio=ratio,
-        hflip=hflip,
-        color_jitter=color_jitter,
-    )
-    return TrainLoader(plan, *_backend(loader, device, workers, prefetch, mean, std, dtype, dali_kwargs or {}))
+    plan = TrainPlan(index=index, view=view, batches=batches, seed=seed, rank=rank)
+    backend = _backend(loader, device, workers, prefetch, dali_kwargs or {})
+    return TrainLoader(plan, bad_files or BadFiles(index), *backend)
 
 
 def build_eval_loader(
     index: ImageIndex,
+    view: EvalView,
     *,
-    loader: LoaderName,
     batch_size: int,
-    img_size: int,
-    resize_size: int,
-    mean: Sequence[float],
-    std: Sequence[float],
-    device: torch.device | str = "cpu",
+    loader: LoaderName = "auto",
     rank: int = 0,
     world_size: int = 1,
+    device: torch.device | str = "cpu",
     workers: int = 8,
 ) -> EvalLoader:
-    """Build the evaluation loader of one rank: resize the short side (bicubic, antialiased), crop the centre.
-
-    Every image comes exactly once over all ranks, in index order, without padding; the last batch may be smaller.
+    """Build the evaluation loader of one rank: every image exactly once over all ranks, in index order, without padding.
 
     Args:
-        resize_size: length of the short side after resizing, pixels; at least `img_size`.
-        (the others as in `build_loader`)
+        index: the images, none of them damaged.
+        view: what is made of each.
+        batch_size: images of a batch; the last one may be smaller.
+        loader: as in `build_loader`.
+        rank: this process among `world_size`.
+        world_size: processes that share the images.
+        device: where the images are wanted, as in `build_loader`.
+        workers: as in `build_loader`.
 
     Raises:
         DataError: a bad setting, damaged images in the index, or the named loader is not installed.
     """
-    plan = EvalPlan(
-        index=index,
-        batch_size=batch_size,
-        img_size=img_size,
-        resize_size=resize_size,
-        rank=rank,
-        world_size=world_size,
-    )
-    return EvalLoader(plan, *_backend(loader, device, workers, 2, mean, std, torch.float32, {}))
+    plan = EvalPlan(index=index, view=view, batch_size=batch_size, rank=rank, world_size=world_size)
+    return EvalLoader(plan, BadFiles(index), *_backend(loader, device, workers, 2, {}))
 
 
-def _backend(loader, device, workers, prefetch, mean, std, dtype, dali_kwargs) -> tuple[ModuleType, dict]:
+def _backend(loader, device, workers, prefetch, dali_kwargs) -> tuple[ModuleType, dict]:
     """The module that applies plans, imported here, so that nobody pays for the other one, and its options."""
     device = torch.device(device)
     if device.type == "cuda" and device.index is None:
-        raise DataError(f'got device="{device}", want a CUDA device with its index, such as "cuda:0"')
+        raise DataError(f"got {device}, want a CUDA device with its index, such as cuda:0", argument="device")
     unknown = set(dali_kwargs) - set(DALI_KWARGS)
     if unknown:
-        raise DataError(f"got --dali-kwargs {', '.join(sorted(unknown))}, want any of {', '.join(DALI_KWARGS)}")
+        got, want = (", ".join(names) for names in (sorted(unknown), DALI_KWARGS))
+        raise DataError(f"got {got}, want any of {want}", argument="dali_kwargs")
     if loader == "auto":
         loader = "dali" if _is_installed("nvidia.dali") else "torchvision"
-        log.info("--loader auto: using %s", loader)
+        log.info("loader: %s", loader)
     if loader not in _NEEDS:
-        raise DataError(f'got --loader {loader}, want "auto" or one of {", ".join(_NEEDS)}')
+        raise DataError(f"got {loader}, want auto or one of {', '.join(_NEEDS)}", argument="loader")
     if not _is_installed(_NEEDS[loader]):
-        raise DataError(f"got --loader {loader}, which needs {_NEEDS[loader]}; install it or pass --loader auto")
+        raise DataError(f"got {loader}, which needs {_NEEDS[loader]}; install it, or choose auto", argument="loader")
     name = {"dali": "dali_loader", "torchvision": "torchvision_loader"}[loader]
-    options = {"device": device, "workers": workers, "prefetch": prefetch, "mean": mean, "std": std, "dtype": dtype}
+    options = {"device": device, "workers": workers, "prefetch": prefetch}
     if loader == "dali":
         options["dali_kwargs"] = dali_kwargs
     return importlib.import_module(f"tinymim_fast.data.{name}"), options

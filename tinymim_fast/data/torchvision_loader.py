@@ -5,11 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 import torchvision.transforms.functional as F
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
+from tinymim_fast.data.bad_files import BadFiles
+from tinymim_fast.data.draws import ViewDraws
 from tinymim_fast.data.errors import DataError, ImageError
 from tinymim_fast.data.plan import EvalPlan, TrainPlan
 
@@ -18,34 +21,38 @@ _BICUBIC = F.InterpolationMode.BICUBIC
 
 
 class _TrainBatches(Dataset):
-    """Micro-batch number -> `views` uint8 tensors (B, 3, S, S), on the CPU, and what the plan knows to be bad now."""
+    """Micro-batch number -> its views, uint8 tensors (B, 3, S, S), on the CPU, and what is known to be bad by now."""
 
-    def __init__(self, plan: TrainPlan):
-        self.plan = plan
+    def __init__(self, plan: TrainPlan, bad_files: BadFiles):
+        self.plan, self.bad_files = plan, bad_files  # a worker has its own copy of the ledger
 
     def __getitem__(self, number: int) -> tuple[tuple[torch.Tensor, ...], dict[int, str]]:
-        plan, samples = self.plan, []
-        read_ids, params = plan.read_ids(number), plan.params(number)
+        plan, size, samples = self.plan, [self.plan.view.img_size] * 2, []
+        read_ids, params = self._whose(number)
         for i in range(len(read_ids)):
             while (image := self._read(int(read_ids[i]))) is None:
-                read_ids, params = plan.read_ids(number), plan.params(number)  # only the i-th are others
+                read_ids, params = self._whose(number)  # only the i-th are others
             box = (int(params.top[i]), int(params.left[i]), int(params.height[i]), int(params.width[i]))
-            image = F.resized_crop(image, *box, [plan.img_size, plan.img_size], interpolation=_BICUBIC)
+            image = F.resized_crop(image, *box, size, interpolation=_BICUBIC)
             if params.flip[i]:
                 image = F.hflip(image)
             views = [image]
-            if plan.views == 2:
+            if plan.view.num_views == 2:
                 for operation in params.jitter_order[i]:
                     image = _JITTER[operation](image, float(params.jitter[i, operation]))
                 views.append(image)
             samples.append([F.pil_to_tensor(view) for view in views])
-        return tuple(torch.stack(view) for view in zip(*samples)), dict(plan.bad)
+        return tuple(torch.stack(view) for view in zip(*samples)), dict(self.bad_files.reasons)
+
+    def _whose(self, number: int) -> tuple[np.ndarray, ViewDraws]:
+        read_ids = self.plan.read_ids(number, self.bad_files)
+        return read_ids, self.plan.params(number, read_ids)
 
     def _read(self, sample_id: int) -> Image.Image | None:
         try:
             return self.plan.index.read_image(sample_id)
         except ImageError as error:
-            self.plan.bad[sample_id] = error.reason
+            self.bad_files.add(sample_id, error.reason)
             return None
 
 
@@ -56,27 +63,27 @@ class _EvalBatches(Dataset):
         self.plan = plan
 
     def __getitem__(self, number: int) -> tuple[tuple[torch.Tensor], dict[int, str]]:
-        plan, params, images = self.plan, self.plan.params(number), []
-        for i, sample_id in enumerate(plan.sample_ids(number)):
+        plan, size, images = self.plan, self.plan.view.img_size, []
+        sample_ids = plan.sample_ids(number)
+        params = plan.params(number, sample_ids)
+        for i, sample_id in enumerate(sample_ids):
             image: Image.Image = plan.index.read_image(sample_id)
             image = F.resize(image, [int(params.height[i]), int(params.width[i])], interpolation=_BICUBIC)
-            image = F.crop(image, int(params.top[i]), int(params.left[i]), plan.img_size, plan.img_size)
+            image = F.crop(image, int(params.top[i]), int(params.left[i]), size, size)
             images.append(F.pil_to_tensor(image))
         return (torch.stack(images),), {}
 
 
 def batches(
     plan: TrainPlan | EvalPlan,
+    bad_files: BadFiles,
     numbers: Sequence[int],
     *,
     device: torch.device,
     workers: int,
     prefetch: int,
-    mean: Sequence[float],
-    std: Sequence[float],
-    dtype: torch.dtype,
 ) -> Iterator[tuple[torch.Tensor, ...]]:
-    """Views (B, 3, S, S) of `dtype` on `device` for each batch number; `workers` processes, 0 for none.
+    """Views (B, 3, S, S) on `device` for each batch number; `workers` processes, 0 for none.
 
     Raises:
         DataError: a file can't be decoded in evaluation, or hardly any in training; names it.
@@ -84,7 +91,7 @@ def batches(
     is_train = isinstance(plan, TrainPlan)
     loader = iter(
         DataLoader(
-            _TrainBatches(plan) if is_train else _EvalBatches(plan),
+            _TrainBatches(plan, bad_files) if is_train else _EvalBatches(plan),
             batch_size=None,  # one item is one batch
             sampler=numbers,
             num_workers=min(workers, len(numbers)),
@@ -93,14 +100,14 @@ def batches(
             generator=torch.Generator(),  # else it draws a seed from the global generator, which resuming must not
         )
     )
-    scale = torch.tensor([1 / (255 * s) for s in std], device=device).view(3, 1, 1)
-    shift = torch.tensor([-m / s for m, s in zip(mean, std)], device=device).view(3, 1, 1)
+    scale = torch.tensor([1 / (255 * s) for s in plan.view.std], device=device).view(3, 1, 1)
+    shift = torch.tensor([-m / s for m, s in zip(plan.view.mean, plan.view.std)], device=device).view(3, 1, 1)
     try:
         for views, bad in loader:  # uint8, a quarter of the bytes for workers to send
             if is_train:
-                plan.bad.update(bad)
+                bad_files.update(bad)
             views = (torch.addcmul(shift, view.to(device, non_blocking=True), scale) for view in views)
-            yield tuple(view.to(dtype) for view in views)
+            yield tuple(view.to(plan.view.dtype) for view in views)
     except DataError as error:  # a worker's comes with its traceback in front
         raise DataError(re.split(r"\b(?:Data|Image)Error: ", str(error))[-1].strip()) from None
     finally:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from tinymim_fast.data.errors import DataError
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -51,6 +53,9 @@ class EvalView:
         mean: per channel, of 1.
         std: per channel, of 1.
         dtype: float32 or float16.
+
+    Raises:
+        DataError: the crop is larger than the resized image.
     """
 
     img_size: int
@@ -58,3 +63,7 @@ class EvalView:
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
     dtype: torch.dtype = torch.float32
+
+    def __post_init__(self) -> None:
+        if self.resize_size < self.img_size:
+            raise DataError(f"got {self.resize_size}, want at least img_size, {self.img_size}", argument="resize_size")

@@ -83,13 +83,12 @@ def latest_checkpoint(output_dir: Path) -> Path | None:
     return next(reversed(list_checkpoints(output_dir)), None)
 
 
-def read_weights(source: Path, *, flag: str) -> tuple[dict[str, torch.Tensor], ModelInfo | None]:
+def read_weights(source: Path) -> tuple[dict[str, torch.Tensor], ModelInfo | None]:
     """Weights and, in this package's own files, their description.
 
     Args:
         source: a run's output folder (its newest checkpoint), a checkpoint or export folder, a `.safetensors` file, or a
             PyTorch pickle with the weights at top level or under "model" or "state_dict".
-        flag: the flag to name in errors.
 
     Raises:
         InputError: missing, or not a checkpoint.
@@ -101,7 +100,8 @@ def read_weights(source: Path, *, flag: str) -> tuple[dict[str, torch.Tensor], M
         path = path / WEIGHTS
     if not path.is_file():
         raise InputError(
-            f"{flag} {source}: no such checkpoint; want a .pth or .safetensors file, or a folder with {WEIGHTS}"
+            f"{source}: no such checkpoint; want a .pth or .safetensors file, or a folder with {WEIGHTS}",
+            argument="source",
         )
     try:
         if path.suffix == ".safetensors":
@@ -120,12 +120,14 @@ def read_weights(source: Path, *, flag: str) -> tuple[dict[str, torch.Tensor], M
         ValueError,
     ) as error:
         reason = str(error).split("\n")[0]
-        raise InputError(f"{flag} {source}: not a checkpoint that can be read: {reason}") from error
+        raise InputError(f"{source}: not a checkpoint that can be read: {reason}", argument="source") from error
     for key in ("model", "state_dict"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
     if not isinstance(content, dict) or not any(isinstance(v, torch.Tensor) for v in content.values()):
-        raise InputError(f"{flag} {source}: holds no weights; want a state dict, at top level or under 'model'")
+        raise InputError(
+            f"{source}: holds no weights; want a state dict, at top level or under 'model'", argument="source"
+        )
     return {k.removeprefix("module."): v for k, v in content.items() if isinstance(v, torch.Tensor)}, None
 
 
@@ -135,8 +137,6 @@ def load_encoder(
     model: str | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
     img_size: int | None = None,
-    flag: str = "--teacher-checkpoint",
-    model_flag: str = "--teacher-model",
 ) -> tuple[VisionTransformer, ModelInfo]:
     """A whole encoder with its weights, fp32 on the CPU, and what it is.
 
@@ -146,8 +146,6 @@ def load_encoder(
         model: timm name; needed only where neither the file nor its widths tell.
         model_kwargs: for `timm.create_model`; they override the file's.
         img_size: side of the square input, pixels; absolute position embeddings are resampled to it. Default: the file's.
-        flag: the flag to name in errors about `source`.
-        model_flag: the flag to name in errors about `model`.
 
     Raises:
         InputError: unreadable, or weights of another architecture; names the first key that differs and both shapes.
@@ -156,28 +154,28 @@ def load_encoder(
     if source.startswith("timm:"):
         name = source.removeprefix("timm:")
         if model is not None and model != name:
-            raise InputError(f"{model_flag}: got {model}, but {flag} is {source}; leave {model_flag} out")
+            raise InputError(f"got {model}, but the checkpoint is {source}; leave it out", argument="model")
         if not name.startswith("local-dir:") and not timm.is_model(name):
-            raise InputError(f"{flag} {source}: timm has no model of this name")
+            raise InputError(f"{source}: timm has no model of this name", argument="source")
         try:
-            vit = create_vit(name, img_size=img_size or 224, flag=flag, pretrained=True, **kwargs)
+            vit = create_vit(name, img_size=img_size or 224, pretrained=True, **kwargs)
         except OSError as error:
-            raise InputError(f"{flag} {source}: its weights can't be fetched ({error}); give a local file") from error
+            raise InputError(
+                f"{source}: its weights can't be fetched ({error}); give a local file", argument="source"
+            ) from error
         info = ModelInfo(name, {**kwargs, "img_size": img_size or 224}, "timm", head_layout(vit))
         return vit, info
 
-    state, info = read_weights(Path(source), flag=flag)
+    state, info = read_weights(Path(source))
     if info is not None:
         if model is not None and model != info.architecture:
-            raise InputError(
-                f"{model_flag}: got {model}, but {source} holds a {info.architecture}; leave {model_flag} out"
-            )
+            raise InputError(f"got {model}, but {source} holds a {info.architecture}; leave it out", argument="model")
         name, kwargs = info.architecture, {**info.model_kwargs, **kwargs}
     else:
-        name = model or _guess_architecture(state, source, flag=flag, model_flag=model_flag)
+        name = model or _guess_architecture(state, source)
     kwargs["img_size"] = img_size or kwargs.get("img_size", 224)
-    vit = create_vit(name, flag=model_flag, **kwargs)
-    load_state(vit, state, source=f"{flag} {source}", name=name)
+    vit = create_vit(name, **kwargs)
+    load_state(vit, state, source=source, name=name)
     found = info or ModelInfo(name, kwargs, "mae", head_layout(vit))
     return vit, ModelInfo(**{**asdict(found), "architecture": name, "model_kwargs": kwargs})
 
@@ -195,14 +193,18 @@ def load_state(vit: VisionTransformer, state: Mapping[str, torch.Tensor], *, sou
         state["pos_embed"] = _resample(embed, vit)
     for key, tensor in wanted.items():
         if key not in state and not key.startswith(NOT_NEEDED):
-            raise InputError(f"{source}: not a {name}: it lacks {key}, {tuple(tensor.shape)}")
+            raise InputError(f"{source}: not a {name}: it lacks {key}, {tuple(tensor.shape)}", argument="source")
         if key in state and state[key].shape != tensor.shape:
             raise InputError(
-                f"{source}: not a {name}: {key} is {tuple(state[key].shape)} in the file, {tuple(tensor.shape)} in the model"
+                f"{source}: not a {name}: {key} is {tuple(state[key].shape)} in the file, {tuple(tensor.shape)} in the model",
+                argument="source",
             )
     for key, tensor in state.items():
         if key not in wanted:
-            raise InputError(f"{source}: not a {name}: it has {key}, {tuple(tensor.shape)}, and the model has none")
+            raise InputError(
+                f"{source}: not a {name}: it has {key}, {tuple(tensor.shape)}, and the model has none",
+                argument="source",
+            )
     vit.load_state_dict({k: v.float() for k, v in state.items()}, strict=False)
 
 
@@ -215,19 +217,21 @@ def _resample(embed: torch.Tensor, vit: VisionTransformer) -> torch.Tensor:
     return resample_abs_pos_embed(embed.float(), new_size=vit.patch_embed.grid_size, num_prefix_tokens=prefix)
 
 
-def _guess_architecture(state: Mapping[str, torch.Tensor], source: str, *, flag: str, model_flag: str) -> str:
+def _guess_architecture(state: Mapping[str, torch.Tensor], source: str) -> str:
     """timm name from the widths of a state dict that does not say what it is."""
     proj = state.get("patch_embed.proj.weight")
     if proj is None or proj.ndim != 4:
         first = next(iter(state))
         raise InputError(
-            f"{flag} {source}: not a vision transformer: no patch_embed.proj.weight, the first key is {first}"
+            f"{source}: not a vision transformer: no patch_embed.proj.weight, the first key is {first}",
+            argument="source",
         )
     width, patch = proj.shape[0], proj.shape[-1]
     depth = len({k.split(".")[1] for k in state if k.startswith("blocks.")})
     name = f"vit_{SIZES.get((width, depth))}_patch{patch}_224"
     if not timm.is_model(name):
         raise InputError(
-            f"{flag} {source}: {depth} blocks of width {width}, patch {patch}; say with {model_flag} what it is"
+            f"{source} holds {depth} blocks of width {width}, patch {patch}, which no timm name tells; say what it is",
+            argument="model",
         )
     return name

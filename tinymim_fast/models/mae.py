@@ -44,14 +44,15 @@ class MaskedAutoencoder(nn.Module):
             or encoder.dynamic_img_size
         ):
             raise InputError(
-                "--model: masked-autoencoder pre-training wants a class token, absolute position embeddings that include it, "
-                "no register tokens and a fixed image size"
+                "masked-autoencoder pre-training wants a class token, absolute position embeddings that include it, no "
+                "register tokens and a fixed image size",
+                argument="model",
             )
         grid, patch = encoder.patch_embed.grid_size, encoder.patch_embed.patch_size
         self.num_visible = int(grid[0] * grid[1] * (1 - mask_ratio))
         if self.num_visible < 1:
             raise InputError(
-                f"--mask-ratio: got {mask_ratio}, which leaves none of {grid[0] * grid[1]} patches visible"
+                f"got {mask_ratio}, which leaves none of {grid[0] * grid[1]} patches visible", argument="mask_ratio"
             )
         self.patch_size = patch
         self.norm_pix_loss = norm_pix_loss

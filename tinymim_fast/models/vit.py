@@ -1,4 +1,4 @@
-"""timm's VisionTransformer as a student and as a teacher that stops where the relation loss does."""
+"""timm's VisionTransformer as students and teachers: built, checked, initialised."""
 
 from __future__ import annotations
 
@@ -13,104 +13,62 @@ from torch import nn
 from tinymim_fast.errors import InputError
 
 
-def create_vit(name: str, *, img_size: int, flag: str, **kwargs: Any) -> VisionTransformer:
-    """`timm.create_model` without a classifier, refusing what the tap does not fit.
+def create_vit(name: str, *, img_size: int, **kwargs: Any) -> VisionTransformer:
+    """`timm.create_model` without a classifier, refusing what taps do not fit.
 
     Args:
         name: timm model name, or `local-dir:DIR`.
         img_size: side of the square input, pixels.
-        flag: the flag to name in errors, e.g. "--student-model".
         **kwargs: for the model, e.g. `reg_tokens`, `class_token`, `patch_size`, `pretrained`.
 
     Raises:
-        InputError: unknown name, arguments that timm refuses, or not a plain VisionTransformer.
+        InputError: unknown name, arguments that timm refuses, or not a plain VisionTransformer; argument "model".
     """
     if not kwargs.get("class_token", True):
         kwargs.setdefault("global_pool", "avg")
     try:
         model = timm.create_model(name, num_classes=0, img_size=img_size, **kwargs)
     except (RuntimeError, TypeError, AssertionError, ValueError) as error:
-        raise InputError(f"{flag} {name} {kwargs or ''}: timm can't build it: {error}") from error
-    check_supported(model, flag=f"{flag} {name}")
+        given = f" with {kwargs}" if kwargs else ""
+        raise InputError(f"{name}: timm can't build it{given}: {error}", argument="model") from error
+    check_supported(model, name)
     return model
 
 
-def check_supported(model: nn.Module, *, flag: str) -> None:
-    """Refuse models whose qkv projection the tap can't read.
+def check_supported(model: nn.Module, name: str) -> None:
+    """Refuse models that taps can't read.
 
     Supported: pre-norm blocks with one fused qkv projection; class token or none, register tokens, any patch and image
     size, learned or fixed absolute position embeddings, LayerScale, qk-norm.
+
+    Args:
+        model: any module.
+        name: what the error calls it.
+
+    Raises:
+        InputError: not a plain VisionTransformer of timm's; argument "model".
     """
     if not isinstance(model, VisionTransformer):
-        raise InputError(f"{flag}: got a {type(model).__name__}, want one of timm's VisionTransformer models")
+        raise _unsupported(name, f"is a {type(model).__name__}, want one of timm's VisionTransformer models")
     if type(model).forward_features is not VisionTransformer.forward_features:
-        raise InputError(f"{flag}: {type(model).__name__} has a forward of its own, want a plain VisionTransformer")
+        raise _unsupported(name, f"{type(model).__name__} has a forward of its own, want a plain VisionTransformer")
     for i, block in enumerate(model.blocks, start=1):
         attn = type(getattr(block, "attn", None))
         if type(block) is not Block or attn is not Attention:
-            raise InputError(
-                f"{flag}: block {i} is a {type(block).__name__} with {attn.__name__}, want timm's Block with Attention "
-                "(pre-norm, one qkv projection)"
+            raise _unsupported(
+                name,
+                f"block {i} is a {type(block).__name__} with {attn.__name__}, want timm's Block with Attention (pre-norm, "
+                "one qkv projection)",
             )
+
+
+def _unsupported(name: str, why: str) -> InputError:
+    return InputError(f"{name}: {why}", argument="model")
 
 
 def default_target_block(depth: int) -> int:
     """18 of 24 blocks (ViT-L, table 7 of the paper), else the last; 1-based."""
     return 18 if depth == 24 else depth
-
-
-class TappedViT(nn.Module):
-    """A vision transformer up to `norm1` and the qkv projection of one block; what lies behind it is dropped.
-
-    Takes `model` over: its parameters keep timm's names, behind "model.".
-
-    Args:
-        model: timm VisionTransformer, see `check_supported`.
-        block: 1-based block to tap.
-        flag: the flag to name in errors.
-    """
-
-    def __init__(self, model: VisionTransformer, block: int, *, flag: str = "--target-block"):
-        super().__init__()
-        depth = len(model.blocks)
-        if not 1 <= block <= depth:
-            raise InputError(f"{flag}: got {block}, want 1 to {depth}, the number of the model's blocks")
-        self.num_tokens = model.patch_embed.num_patches + model.num_prefix_tokens
-        self.num_prefix_tokens = model.num_prefix_tokens
-        self.embed_dim = model.embed_dim
-        model.blocks = model.blocks[:block]
-        last = model.blocks[-1]
-        self.num_heads = last.attn.num_heads
-        self.qkv_dim = last.attn.qkv.out_features // 3
-        for name in ("ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2"):
-            setattr(last, name, nn.Identity())
-        for name in ("attn_drop", "norm", "proj", "proj_drop"):
-            setattr(last.attn, name, nn.Identity())
-        last.attn.gate = None
-        model.norm, model.fc_norm, model.attn_pool, model.head = (
-            nn.Identity(),
-            nn.Identity(),
-            None,
-            nn.Identity(),
-        )
-        self.model = model
-
-    def tokens(self, images: torch.Tensor) -> torch.Tensor:
-        """Normalised tokens that the qkv projection reads, (B, N, C), from images (B, 3, H, W)."""
-        model = self.model
-        x = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))
-        for block in model.blocks[:-1]:
-            x = block(x)
-        return model.blocks[-1].norm1(x)
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Packed [q | k | v], (B, N, 3C), prefix tokens first, from images (B, 3, H, W) in the model's dtype."""
-        attn = self.model.blocks[-1].attn
-        qkv = attn.qkv(self.tokens(images))
-        if isinstance(attn.q_norm, nn.Identity) and isinstance(attn.k_norm, nn.Identity):
-            return qkv
-        q, k, v = qkv.unflatten(-1, (3, attn.num_heads, attn.head_dim)).unbind(2)
-        return torch.stack((attn.q_norm(q), attn.k_norm(k), v), dim=2).flatten(2)
 
 
 def freeze(model: nn.Module, dtype: torch.dtype, device: torch.device) -> nn.Module:
@@ -165,7 +123,7 @@ def sincos_2d(grid: tuple[int, int], dim: int, num_prefix_tokens: int) -> torch.
     """
     if dim % 4:
         raise InputError(
-            f"sin-cos position embedding: got width {dim}, want a multiple of 4 (or --student-pos-embed learn)"
+            f"sin-cos position embeddings: got width {dim}, want a multiple of 4, or learned ones", argument="pos_embed"
         )
     rows, columns = grid
     omega = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))

@@ -9,15 +9,15 @@ from torch import nn
 
 from tinymim_fast.errors import InputError
 from tinymim_fast.kernels import RelationLoss
-from tinymim_fast.models.vit import TappedViT
+from tinymim_fast.models.taps import Taps
 
 
 class RelationDistiller(nn.Module):
     """Student and relation loss as one module, which is what the engine trains.
 
     Args:
-        student: tapped at its last block.
-        teacher: tapped at the target block; only its shape is read here.
+        student: tapped at one qkv projection, its last block's.
+        teacher: tapped at one qkv projection, the target block's; only its shape is read here.
         relation_heads: heads of the relations; must divide both widths.
         relations: any of qk, vv, qq, kk.
         weights: one a relation; default 1 each.
@@ -29,8 +29,8 @@ class RelationDistiller(nn.Module):
 
     def __init__(
         self,
-        student: TappedViT,
-        teacher: TappedViT,
+        student: Taps,
+        teacher: Taps,
         *,
         relation_heads: int,
         relations: Sequence[str],
@@ -38,17 +38,21 @@ class RelationDistiller(nn.Module):
         backend: str,
     ):
         super().__init__()
-        for who, tap in (("student", student), ("teacher", teacher)):
-            if tap.qkv_dim % relation_heads:
+        (self.place,), (place_t,) = student.places, teacher.places
+        width_s, width_t = student.widths[self.place] // 3, teacher.widths[place_t] // 3
+        for who, width in (("student", width_s), ("teacher", width_t)):
+            if width % relation_heads:
                 raise InputError(
-                    f"--relation-heads: got {relation_heads}, want a number that divides the {who}'s width {tap.qkv_dim} "
-                    f"(both widths: student {student.qkv_dim}, teacher {teacher.qkv_dim})"
+                    f"got {relation_heads}, want a number that divides the {who}'s width {width} (both widths: student "
+                    f"{width_s}, teacher {width_t})",
+                    argument="relation_heads",
                 )
         if student.num_tokens != teacher.num_tokens:
             raise InputError(
                 f"the student has {student.num_tokens} tokens, {student.num_prefix_tokens} of them before the patches, the "
                 f"teacher {teacher.num_tokens} and {teacher.num_prefix_tokens}; relations need the same: match patch_size, "
-                "class_token and reg_tokens with --student-model-kwargs"
+                "class_token and reg_tokens",
+                argument="student_model_kwargs",
             )
         self.student = student
         self.loss = RelationLoss(relation_heads, relations=tuple(relations), weights=weights, backend=backend)
@@ -60,4 +64,4 @@ class RelationDistiller(nn.Module):
             images: student view, (B, 3, H, W).
             qkv_t: the teacher's packed projection of the teacher view, (B, N, 3 C_t).
         """
-        return self.loss(self.student(images), qkv_t)
+        return self.loss(self.student(images)[self.place], qkv_t)
