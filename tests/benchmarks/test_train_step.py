@@ -67,7 +67,7 @@ def test_flop_are_pytorchs(monkeypatch):
     teacher, student = (vit.flop(n, backward=False) for vit in (PAIR.teacher, PAIR.student))
     assert counted == {"forward": 2 * (teacher + student), "backward": 2 * PAIR.student.flop(n, backward=True)}
     parameters = sum(p.numel() for p in trainer.student.parameters() if p.requires_grad and p.ndim > 1)
-    assert PAIR.student.num_parameters() == parameters - trainer.student.embed_dim  # the class token
+    assert PAIR.student.num_parameters() == parameters - trainer.student.model.embed_dim  # the class token
 
 
 def test_floors():
