@@ -40,7 +40,7 @@ def problem_operands(args: argparse.Namespace, num_tokens: int, head_dim_s: int,
     )
 
 
-def is_right(operands: Operands, tile: tiles.TileConfig) -> bool:
+def is_right(operands: Operands, tile: triton_backend.Tile) -> bool:
     """Against the chunked backend, which the tests hold against the formula in fp64."""
     operands.d_x.fill_(torch.nan)
     operands.d_y.fill_(torch.nan)
@@ -71,12 +71,12 @@ def crossover(args: argparse.Namespace, head_dim_s: int, head_dim_t: int) -> Non
             if not is_right(operands, tile):
                 sys.exit(f"wrong: {tile}")
             step = partial(triton_backend.run, operands, tile)
-            step_ms[tile.kernel] = triton.testing.do_bench(step, return_mode="median")
+            step_ms[type(tile).__name__] = triton.testing.do_bench(step, return_mode="median")
         times = ", ".join(f"{kernel} {1e3 * ms:.0f} us" for kernel, ms in step_ms.items())
         print(f"N={num_tokens} D_s={head_dim_s} D_t={head_dim_t} {args.dtype}: {times}")
 
 
-def best_tile(operands: Operands) -> tuple[float, tiles.TileConfig]:
+def best_tile(operands: Operands) -> tuple[float, triton_backend.Tile]:
     """Milliseconds and tile of the fastest candidate that is right."""
     times = []
     for tile in tiles.candidates(triton_backend.problem(operands)):

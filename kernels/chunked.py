@@ -133,6 +133,11 @@ def packed_relation_kl(
     ]
 
 
+def why_not(x_s: Tensor, x_t: Tensor) -> str | None:
+    """None: it takes whatever PyTorch does."""
+    return None
+
+
 def log_relation(x: Tensor, y: Tensor, scale: float, pad: Tensor | None, logits: Tensor, out: Tensor) -> None:
     """out = log_softmax(scale * x y^T), with `logits` as scratch."""
     logits.baddbmm_(x, y.mT, beta=0, alpha=scale)

@@ -7,13 +7,18 @@ sm_90 machine code). With PTX=False, in the interpreter and on other backends, t
 import triton
 import triton.language as tl
 
+from tinymim_fast.kernels import operands
+
 # The logit, in bits, of a key that does not count. Finite, because (-inf) - (-inf) is NaN.
 MASKED = tl.constexpr(-1e30)
 LN_2 = tl.constexpr(0.6931471805599453)
+# The width of a tile, for constexpr arguments.
+padded = triton.constexpr_function(operands.padded)
 
 
 @triton.jit
 def exp2(x, PTX: tl.constexpr):
+    """2^x; 0 below 2^-126."""
     if PTX:
         return tl.inline_asm_elementwise(
             "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
@@ -24,6 +29,7 @@ def exp2(x, PTX: tl.constexpr):
 
 @triton.jit
 def log2(x, PTX: tl.constexpr):
+    """The logarithm in bits; with PTX its error is 2^-22, relative to it or, for x near 1, absolute."""
     if PTX:
         return tl.inline_asm_elementwise(
             "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
@@ -34,6 +40,7 @@ def log2(x, PTX: tl.constexpr):
 
 @triton.jit
 def reciprocal(x, PTX: tl.constexpr):
+    """1 / x; with PTX within one unit in the last place."""
     if PTX:
         return tl.inline_asm_elementwise(
             "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
@@ -42,8 +49,14 @@ def reciprocal(x, PTX: tl.constexpr):
         return 1.0 / x
 
 
+@triton.constexpr_function
+def gain(dtype):
+    """A factor on p_s - p_t for the matrix unit: near convergence, fp16 would round it as a subnormal."""
+    return 1024.0 if dtype == tl.float16 else 1.0
+
+
 @triton.jit
-def locate(pid, num_heads, num_relations, codes_x, codes_y):
+def locate(pid, num_heads, num_relations, projections):
     """Image and head of a program, and which projection its relation takes as x and as y.
 
     Neighbouring programs take neighbouring heads: a 16-wide half-precision row is one 32-byte sector.
@@ -51,17 +64,14 @@ def locate(pid, num_heads, num_relations, codes_x, codes_y):
     head = pid % num_heads
     relation = (pid // num_heads) % num_relations
     image = pid // (num_heads * num_relations)
+    code = projections >> (4 * relation)
     # 64 bits: tensors may have more than 2^31 elements.
-    return (
-        image.to(tl.int64),
-        head.to(tl.int64),
-        ((codes_x >> (2 * relation)) & 3).to(tl.int64),
-        ((codes_y >> (2 * relation)) & 3).to(tl.int64),
-    )
+    return image.to(tl.int64), head.to(tl.int64), (code & 3).to(tl.int64), ((code >> 2) & 3).to(tl.int64)
 
 
 @triton.jit
 def valid_tokens(lengths_ptr, image, num_tokens):
+    """min(max(length, 0), N): what `lengths` says of the image, N without."""
     if lengths_ptr is None:
         return num_tokens
     else:

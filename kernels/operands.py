@@ -16,15 +16,16 @@ class Operands:
     """Inputs, places for the gradients, and how relations pick their projections.
 
     Args:
-        x_s, y_s, x_t, y_t: (B, H, N, D), any strides with the last dimension contiguous. Of packed projections,
-            views of the first one.
-        d_x, d_y: places for the gradients, None where not wanted.
-        codes_x, codes_y: of each relation, the projection it takes as x and as y; where both are one, d_x and d_y
-            are one as well and get the sum of both gradients.
-        stride_s_p, stride_t_p, stride_d_p: elements from one projection to the next.
+        x_s, y_s, x_t, y_t: (B, H, N, D), the last dimension contiguous; x and y of one side have the same strides, see
+            `with_shared_strides`. Of packed projections, views of the first one.
+        d_x, d_y: places for the gradients, with the same strides; None where not wanted.
+        scale_s, scale_t: factors on the logits.
         lengths: (B,) integers or None.
         weights: (B, H, N) upstream gradient of the rows or None, for a single relation. A backward pass: the row
             losses are not computed.
+        relations: of each, the projections it takes as x and as y; where both are one, d_x and d_y are one as well
+            and get the sum of both gradients.
+        stride_s_p, stride_t_p, stride_d_p: elements from one projection to the next.
     """
 
     x_s: Tensor
@@ -37,22 +38,21 @@ class Operands:
     scale_t: float
     lengths: Tensor | None = None
     weights: Tensor | None = None
-    codes_x: tuple[int, ...] = (0,)
-    codes_y: tuple[int, ...] = (1,)
+    relations: tuple[tuple[int, int], ...] = ((0, 1),)
     stride_s_p: int = 0
     stride_t_p: int = 0
     stride_d_p: int = 0
 
-    @property
-    def num_relations(self) -> int:
-        return len(self.codes_x)
+    def __post_init__(self) -> None:
+        for x, y in ((self.x_s, self.y_s), (self.x_t, self.y_t), (self.d_x, self.d_y)):
+            assert x is None or y is None or _strides(x) == _strides(y), f"{x.stride()} and {y.stride()}"
 
     def empty_rows(self) -> Tensor | None:
         """Room for the row losses, (B, relations, H, N)."""
         if self.weights is not None:
             return None
         num_images, num_heads, num_tokens, _ = self.x_s.shape
-        return torch.empty(num_images, self.num_relations, num_heads, num_tokens, device=self.x_s.device)
+        return torch.empty(num_images, len(self.relations), num_heads, num_tokens, device=self.x_s.device)
 
     @cached_property
     def normalized_weights(self) -> tuple[Tensor | None, Tensor | None]:
@@ -65,13 +65,19 @@ class Operands:
 
     def largest_offset(self) -> int:
         """Elements from the first to the last token of a head, at most."""
-        tensors = (self.x_s, self.y_s, self.x_t, self.y_t, self.d_x, self.d_y)
+        tensors = (self.x_s, self.x_t, self.d_x, self.d_y)
         return max(z.shape[2] * abs(z.stride(2)) for z in tensors if z is not None)
 
     def arguments(self) -> dict:
-        """By the names that all kernels share."""
+        """By the names that all kernels share; each takes those of its signature.
+
+        `projections` has four bits a relation: two for x, then two for y.
+        """
         weights, weight_scales = self.normalized_weights
-        head_dim_s, head_dim_t = self.x_s.shape[3], self.x_t.shape[3]
+        stride_s_b, stride_s_h, stride_s_n = _strides(self.x_s)
+        stride_t_b, stride_t_h, stride_t_n = _strides(self.x_t)
+        gradient = self.d_y if self.d_x is None else self.d_x
+        stride_d_b, stride_d_h, stride_d_n = (0, 0, 0) if gradient is None else _strides(gradient)
         return {
             "x_s_ptr": self.x_s,
             "y_s_ptr": self.y_s,
@@ -82,28 +88,26 @@ class Operands:
             "lengths_ptr": None if self.lengths is None else self.lengths.contiguous(),
             "weights_ptr": weights,
             "weight_scales_ptr": weight_scales,
-            **_strides("x_s", self.x_s),
-            **_strides("y_s", self.y_s),
-            **_strides("x_t", self.x_t),
-            **_strides("y_t", self.y_t),
-            **_strides("d_x", self.d_x),
-            **_strides("d_y", self.d_y),
+            "stride_s_b": stride_s_b,
+            "stride_s_h": stride_s_h,
+            "stride_s_n": stride_s_n,
             "stride_s_p": self.stride_s_p,
+            "stride_t_b": stride_t_b,
+            "stride_t_h": stride_t_h,
+            "stride_t_n": stride_t_n,
             "stride_t_p": self.stride_t_p,
+            "stride_d_b": stride_d_b,
+            "stride_d_h": stride_d_h,
+            "stride_d_n": stride_d_n,
             "stride_d_p": self.stride_d_p,
             "num_heads": self.x_s.shape[1],
-            "num_relations": self.num_relations,
+            "num_relations": len(self.relations),
             "num_tokens": self.x_s.shape[2],
-            "codes_x": _packed(self.codes_x),
-            "codes_y": _packed(self.codes_y),
+            "projections": sum((x | y << 2) << (4 * i) for i, (x, y) in enumerate(self.relations)),
             "bits_s": self.scale_s * LOG2_E,
             "bits_t": self.scale_t * LOG2_E,
-            "scale_s": self.scale_s,
-            "HEAD_DIM_S": head_dim_s,
-            "HEAD_DIM_T": head_dim_t,
-            "BLOCK_D_S": padded(head_dim_s),
-            "BLOCK_D_T": padded(head_dim_t),
-            "GAIN": gain(self.x_s.dtype),
+            "HEAD_DIM_S": self.x_s.shape[3],
+            "HEAD_DIM_T": self.x_t.shape[3],
             "PRECISION_S": input_precision(self.x_s),
             "PRECISION_T": input_precision(self.x_t),
             "PTX": self.x_s.is_cuda and torch.version.hip is None,
@@ -120,17 +124,23 @@ class Launch:
     num_warps: int
 
     def run(self) -> None:
+        """Launches on the current device and stream."""
         self.kernel[self.grid](**self.arguments, num_warps=self.num_warps)
+
+
+def launch(kernel: Callable, grid: tuple[int, ...], arguments: dict, num_warps: int) -> Launch:
+    """The launch with those of the arguments that the kernel has in its signature."""
+    return Launch(kernel, grid, {name: arguments[name] for name in kernel.arg_names}, num_warps)
+
+
+def with_shared_strides(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """x and y of one side, copied where their strides differ: the kernels have one set for both."""
+    return (x, y) if _strides(x) == _strides(y) else (x.contiguous(), y.contiguous())
 
 
 def padded(size: int) -> int:
     """Tiles are powers of two, and a matrix instruction takes at least 16."""
     return max(16, 1 << (size - 1).bit_length())
-
-
-def gain(dtype: torch.dtype) -> float:
-    """A factor on p_s - p_t for the matrix unit: near convergence, fp16 would round it as a subnormal."""
-    return 1024.0 if dtype == torch.float16 else 1.0
 
 
 def input_precision(z: Tensor) -> str:
@@ -139,11 +149,6 @@ def input_precision(z: Tensor) -> str:
     return "tf32" if allowed else "ieee"
 
 
-def _strides(name: str, z: Tensor | None) -> dict[str, int]:
-    by_axis = (0, 0, 0) if z is None else z.stride()[:3]
-    return {f"stride_{name}_{axis}": stride for axis, stride in zip("bhn", by_axis, strict=True)}
-
-
-def _packed(codes: tuple[int, ...]) -> int:
-    """Two bits a relation."""
-    return sum(code << (2 * i) for i, code in enumerate(codes))
+def _strides(z: Tensor) -> tuple[int, ...]:
+    """Of images, heads and tokens; 0 where there is one, whose stride says nothing."""
+    return tuple(0 if size == 1 else stride for size, stride in zip(z.shape[:3], z.stride()[:3]))

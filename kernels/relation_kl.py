@@ -1,17 +1,11 @@
-"""The op: checks, dispatch, torch.library registration, autograd."""
-
-import math
+"""relation_kl: the op on (B, H, N, D) tensors, its registration and its autograd."""
 
 import torch
 from torch import Tensor
 
-from tinymim_fast.kernels import chunked, reference, triton_backend
-
-REDUCTIONS = ("none", "mean", "sum")
-
-# Each computes the row losses and writes the student's gradient, with the functions of chunked.
-FUSED = {"chunked": chunked, "triton": triton_backend}
-BACKENDS = ("auto", "reference", *FUSED)
+from tinymim_fast.kernels import backends, reference
+from tinymim_fast.kernels.checks import check_lengths, check_tensors, resolve_scale
+from tinymim_fast.kernels.reduction import REDUCTIONS, count_rows, reduce_rows, refuse_second_derivative, scaled
 
 
 def relation_kl(
@@ -56,25 +50,26 @@ def relation_kl(
     Raises:
         ValueError: an argument's shape, dtype, device, strides or value is wrong, or backend "triton" cannot take it.
 
-    Memory: "triton" keeps the student's gradient and five numbers per row; "chunked" keeps three maps of a chunk (6 MiB on the CPU, 192 MiB elsewhere, or 3 N * N if that is
-    more) and the student's gradient; "reference" keeps whole (B, H, N, N) maps.
+    Memory: "triton" keeps the student's gradient and five numbers per row, and copies x and y of a side whose
+    strides differ; "chunked" keeps three maps of a chunk (6 MiB on the CPU, 192 MiB elsewhere, or 3 N * N if that
+    is more) and the student's gradient; "reference" keeps whole (B, H, N, N) maps.
 
     Source: TinyMIM, CVPR 2023, arXiv 2301.01296.
     """
-    check_backend(backend)
+    backends.check(backend)
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction: got {reduction!r}, want one of {REDUCTIONS}")
-    _check_tensors(x_s=x_s, y_s=y_s, x_t=x_t, y_t=y_t)
+    check_tensors(x_s=x_s, y_s=y_s, x_t=x_t, y_t=y_t)
     check_lengths(lengths, x_s, num_images=x_s.shape[0], num_tokens=x_s.shape[2])
-    scale_s = _check_scale("scale_s", scale_s, x_s)
-    scale_t = _check_scale("scale_t", scale_t, x_t)
+    scale_s = resolve_scale("scale_s", scale_s, x_s)
+    scale_t = resolve_scale("scale_t", scale_t, x_t)
 
     if backend == "reference":
         rows = reference.relation_kl(x_s, y_s, x_t, y_t, scale_s=scale_s, scale_t=scale_t, lengths=lengths)
         return reduce_rows(rows, lengths, reduction)
     want_grad = torch.is_grad_enabled() and reduction != "none"
     want_x, want_y = want_grad and x_s.requires_grad, want_grad and y_s.requires_grad
-    backend = resolve_backend(backend, x_s, x_t)
+    backend = backends.resolve(backend, x_s, x_t)
     return _relation_kl(x_s, y_s, x_t, y_t, lengths, scale_s, scale_t, reduction, backend, want_x, want_y)[0]
 
 
@@ -94,7 +89,7 @@ def _relation_kl(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The loss, and the gradient of the *sum* of the rows (empty where not wanted)."""
     d_x, d_y = _empty_gradients(x_s, y_s, want_x, want_y)
-    rows = FUSED[backend].relation_kl(
+    rows = backends.FUSED[backend].relation_kl(
         x_s,
         y_s,
         x_t,
@@ -131,7 +126,7 @@ def _relation_kl_backward(
 ) -> tuple[Tensor, Tensor]:
     """The gradient for reduction "none", from the upstream gradient of the rows."""
     d_x, d_y = _empty_gradients(x_s, y_s, want_x, want_y)
-    FUSED[backend].relation_kl(
+    backends.FUSED[backend].relation_kl(
         x_s,
         y_s,
         x_t,
@@ -184,115 +179,7 @@ _relation_kl.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _empty_gradients(x_s: Tensor, y_s: Tensor, want_x: bool, want_y: bool) -> tuple[Tensor, Tensor]:
+    """Both with the strides of x_s; empty where not wanted."""
     d_x = torch.empty_like(x_s) if want_x else x_s.new_empty(0)
-    d_y = torch.empty_like(y_s) if want_y else y_s.new_empty(0)
+    d_y = torch.empty_like(x_s) if want_y else y_s.new_empty(0)
     return d_x, d_y
-
-
-def resolve_backend(backend: str, x_s: Tensor, x_t: Tensor) -> str:
-    """The fused backend that "auto" stands for; ValueError where "triton" is forced and cannot run."""
-    if backend == "auto":
-        return "triton" if x_s.device.type == "cuda" and triton_backend.why_not(x_s, x_t) is None else "chunked"
-    if backend == "triton" and (reason := triton_backend.why_not(x_s, x_t)) is not None:
-        raise ValueError(f"backend: got 'triton', {reason}; want 'auto' or 'chunked'")
-    return backend
-
-
-def reduce_rows(rows: Tensor, lengths: Tensor | None, reduction: str) -> Tensor:
-    """(B, H, N) row losses, 0 beyond the length, to the loss."""
-    if reduction == "none":
-        return rows
-    return rows.sum() if reduction == "sum" else rows.sum() / count_rows(*rows.shape, lengths)
-
-
-def count_rows(num_images: int, num_heads: int, num_tokens: int, lengths: Tensor | None) -> int | Tensor:
-    """Valid query rows over all images and heads, at least 1; on the device of `lengths`, without a sync."""
-    if lengths is None:
-        return num_images * num_heads * num_tokens
-    return (lengths.long().clamp(0, num_tokens).sum() * num_heads).clamp(min=1)
-
-
-def scaled(gradient: Tensor, factor: Tensor) -> Tensor:
-    """gradient * factor, taken in the factor's dtype, in which 1 / (B H N) does not underflow as it does in fp16.
-
-    One pass over memory: a product with `out` converts as it reads and writes. A factor without dimensions would be
-    rounded to the gradient's dtype first.
-    """
-    factor = factor.reshape([1] * (gradient.ndim - factor.ndim) + list(factor.shape))
-    return torch.mul(gradient, factor, out=torch.empty_like(gradient))
-
-
-def refuse_second_derivative() -> None:
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            "create_graph: got True, want False: the fused backends have first derivatives only, "
-            "backend='reference' has all"
-        )
-
-
-def check_backend(backend: str) -> None:
-    if backend not in BACKENDS:
-        raise ValueError(f"backend: got {backend!r}, want one of {BACKENDS}")
-
-
-def check_teacher(name: str, teacher: Tensor) -> None:
-    if teacher.requires_grad:
-        raise ValueError(
-            f"{name}: got requires_grad=True, want a teacher without gradient: "
-            f"run the teacher under torch.no_grad() or pass {name}.detach()"
-        )
-
-
-def check_strides(name: str, tensor: Tensor) -> None:
-    if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
-        raise ValueError(f"{name}: got strides {tensor.stride()}, want a contiguous last dimension")
-
-
-def check_lengths(lengths: Tensor | None, like: Tensor, num_images: int, num_tokens: int) -> None:
-    if lengths is None:
-        return
-    if not isinstance(lengths, Tensor):
-        raise ValueError(f"lengths: got {type(lengths).__name__}, want a tensor")
-    if lengths.shape != (num_images,):
-        raise ValueError(f"lengths: got shape {tuple(lengths.shape)}, want ({num_images},)")
-    if lengths.dtype.is_floating_point or lengths.dtype.is_complex or lengths.dtype == torch.bool:
-        raise ValueError(f"lengths: got dtype {lengths.dtype}, want an integer dtype")
-    if lengths.device != like.device:
-        raise ValueError(f"lengths: got device {lengths.device}, want {like.device}")
-    # Reading values would be a sync on a GPU and a graph break under torch.compile.
-    if lengths.device.type == "cpu" and not torch.compiler.is_compiling():
-        low, high = lengths.min().item(), lengths.max().item()
-        if low < 0 or high > num_tokens:
-            raise ValueError(f"lengths: got values from {low} to {high}, want 0 to {num_tokens}")
-
-
-def _check_tensors(**tensors: Tensor) -> None:
-    for name, z in tensors.items():
-        if not isinstance(z, Tensor):
-            raise ValueError(f"{name}: got {type(z).__name__}, want a tensor")
-        if z.dim() != 4 or 0 in z.shape:
-            raise ValueError(f"{name}: got shape {tuple(z.shape)}, want (B, H, N, D), all at least 1")
-        if not z.dtype.is_floating_point:
-            raise ValueError(f"{name}: got dtype {z.dtype}, want a floating-point dtype")
-        check_strides(name, z)
-    x_s = tensors["x_s"]
-    for name, z in tensors.items():
-        if z.shape[:3] != x_s.shape[:3]:
-            raise ValueError(f"{name}: got (B, H, N) = {tuple(z.shape[:3])}, want {tuple(x_s.shape[:3])} as x_s has")
-        if z.device != x_s.device:
-            raise ValueError(f"{name}: got device {z.device}, want {x_s.device} as x_s has")
-    for x, y in (("x_s", "y_s"), ("x_t", "y_t")):
-        if tensors[y].shape != tensors[x].shape:
-            raise ValueError(f"{y}: got D = {tensors[y].shape[3]}, want {tensors[x].shape[3]} as {x} has")
-        if tensors[y].dtype != tensors[x].dtype:
-            raise ValueError(f"{y}: got dtype {tensors[y].dtype}, want {tensors[x].dtype} as {x} has")
-    check_teacher("x_t", tensors["x_t"])
-    check_teacher("y_t", tensors["y_t"])
-
-
-def _check_scale(name: str, scale: float | None, x: Tensor) -> float:
-    if scale is None:
-        return x.shape[3] ** -0.5
-    if not isinstance(scale, (int, float)) or not math.isfinite(scale):
-        raise ValueError(f"{name}: got {scale!r}, want a finite number or None")
-    return float(scale)

@@ -1,26 +1,19 @@
-"""The relation losses of two packed qkv projections, with one packed gradient."""
+"""relation_loss: the relation losses of two packed qkv projections, with one packed gradient; op and module."""
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from tinymim_fast.kernels import reference
-from tinymim_fast.kernels.relation_kl import (
-    FUSED,
-    check_backend,
+from tinymim_fast.kernels import backends, reference
+from tinymim_fast.kernels.checks import (
     check_lengths,
-    check_strides,
-    check_teacher,
-    count_rows,
-    reduce_rows,
-    refuse_second_derivative,
-    resolve_backend,
-    scaled,
+    check_projections,
+    check_relation_heads,
+    check_relations,
+    weights_by_relation,
 )
-
-RELATIONS = ("qk", "vv", "qq", "kk")
+from tinymim_fast.kernels.reduction import count_rows, reduce_rows, refuse_second_derivative, scaled
 
 
 def relation_loss(
@@ -62,16 +55,16 @@ def relation_loss(
 
     Source: TinyMIM, CVPR 2023, arXiv 2301.01296; relation heads from MiniLMv2, arXiv 2012.15828.
     """
-    check_backend(backend)
-    _check_relations(relations)
-    _check_projections(qkv_s, qkv_t, relation_heads)
+    backends.check(backend)
+    check_relations(relations)
+    check_projections(qkv_s, qkv_t, relation_heads)
     check_lengths(lengths, qkv_s, num_images=qkv_s.shape[0], num_tokens=qkv_s.shape[1])
 
     if backend == "reference":
         losses = _reference_losses(qkv_s, qkv_t, lengths, relation_heads, relations)
     else:
         want_grad = torch.is_grad_enabled() and qkv_s.requires_grad
-        fused = resolve_backend(backend, *(_projections(qkv, relation_heads)["q"] for qkv in (qkv_s, qkv_t)))
+        fused = backends.resolve(backend, *(_projections(qkv, relation_heads)["q"] for qkv in (qkv_s, qkv_t)))
         losses = {}
         for group in _groups_without_shared_projection(relations):
             means, _ = _relation_loss(qkv_s, qkv_t, lengths, relation_heads, ",".join(group), fused, want_grad)
@@ -86,9 +79,6 @@ class RelationLoss(nn.Module):
         relation_heads, relations, backend: as for relation_loss.
         weights: weight of each relation in "loss", by name or in the order of `relations`; 1 each if None.
 
-    forward(qkv_s, qkv_t, lengths=None) returns {"loss": the weighted sum, and each relation's unweighted mean
-    row loss}.
-
     Raises:
         ValueError: a weight is missing, unknown or not finite, or as relation_loss.
     """
@@ -101,15 +91,16 @@ class RelationLoss(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        check_backend(backend)
-        _check_relations(relations)
-        _check_relation_heads(relation_heads)
+        backends.check(backend)
+        check_relations(relations)
+        check_relation_heads(relation_heads)
         self.relation_heads = relation_heads
         self.relations = tuple(relations)
-        self.weights = _weights_by_relation(weights, self.relations)
+        self.weights = weights_by_relation(weights, self.relations)
         self.backend = backend
 
     def forward(self, qkv_s: Tensor, qkv_t: Tensor, lengths: Tensor | None = None) -> dict[str, Tensor]:
+        """{"loss": the weighted sum, and each relation's unweighted mean row loss}, as relation_loss."""
         losses = relation_loss(
             qkv_s,
             qkv_t,
@@ -124,6 +115,7 @@ class RelationLoss(nn.Module):
         }
 
     def extra_repr(self) -> str:
+        """What `print(model)` shows."""
         return f"relation_heads={self.relation_heads}, weights={self.weights}, backend={self.backend!r}"
 
 
@@ -146,7 +138,7 @@ def _relation_loss(
     grad = _empty_gradient(qkv_s, want_grad)
     if want_grad and len(set(relations) & set("qkv")) < 3:
         grad.zero_()
-    rows = FUSED[backend].packed_relation_kl(
+    rows = backends.FUSED[backend].packed_relation_kl(
         _projections(qkv_s, relation_heads),
         _projections(qkv_t, relation_heads),
         names,
@@ -234,51 +226,3 @@ def _groups_without_shared_projection(relations: Sequence[str]) -> Iterator[list
                 group.append(relation)
         yield group
         left = [relation for relation in left if relation not in group]
-
-
-def _check_relations(relations: Sequence[str]) -> None:
-    if isinstance(relations, str) or not relations or any(relation not in RELATIONS for relation in relations):
-        raise ValueError(f"relations: got {relations!r}, want a sequence of at least one of {RELATIONS}")
-    if len(set(relations)) < len(relations):
-        raise ValueError(f"relations: got {relations!r}, want no duplicates")
-
-
-def _check_relation_heads(relation_heads: int) -> None:
-    if not isinstance(relation_heads, int) or relation_heads < 1:
-        raise ValueError(f"relation_heads: got {relation_heads!r}, want a positive integer")
-
-
-def _check_projections(qkv_s: Tensor, qkv_t: Tensor, relation_heads: int) -> None:
-    _check_relation_heads(relation_heads)
-    for name, qkv in (("qkv_s", qkv_s), ("qkv_t", qkv_t)):
-        if not isinstance(qkv, Tensor):
-            raise ValueError(f"{name}: got {type(qkv).__name__}, want a tensor")
-        if qkv.dim() != 3 or 0 in qkv.shape:
-            raise ValueError(f"{name}: got shape {tuple(qkv.shape)}, want (B, N, 3 * C), all at least 1")
-        if qkv.shape[2] % (3 * relation_heads):
-            raise ValueError(
-                f"{name}: got width {qkv.shape[2]}, want 3 * C, relation_heads={relation_heads} dividing C"
-            )
-        if not qkv.dtype.is_floating_point:
-            raise ValueError(f"{name}: got dtype {qkv.dtype}, want a floating-point dtype")
-        check_strides(name, qkv)
-    if qkv_t.shape[:2] != qkv_s.shape[:2]:
-        raise ValueError(f"qkv_t: got (B, N) = {tuple(qkv_t.shape[:2])}, want {tuple(qkv_s.shape[:2])} as qkv_s has")
-    if qkv_t.device != qkv_s.device:
-        raise ValueError(f"qkv_t: got device {qkv_t.device}, want {qkv_s.device} as qkv_s has")
-    check_teacher("qkv_t", qkv_t)
-
-
-def _weights_by_relation(
-    weights: Mapping[str, float] | Sequence[float] | None, relations: tuple[str, ...]
-) -> dict[str, float]:
-    if weights is None:
-        return dict.fromkeys(relations, 1.0)
-    named = {}
-    if isinstance(weights, Mapping):
-        named = dict(weights)
-    elif isinstance(weights, Sequence) and len(weights) == len(relations):
-        named = dict(zip(relations, weights, strict=True))
-    if set(named) != set(relations) or not all(math.isfinite(weight) for weight in named.values()):
-        raise ValueError(f"weights: got {weights!r}, want one finite weight for each of {relations}")
-    return {relation: float(named[relation]) for relation in relations}

@@ -19,9 +19,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tinymim_fast.kernels.device_math import LN_2, MASKED, exp2, locate, log2, reciprocal, valid_tokens
-from tinymim_fast.kernels.operands import Launch, Operands, padded
-from tinymim_fast.kernels.tiles import TileConfig
+from tinymim_fast.kernels.device_math import LN_2, MASKED, exp2, gain, locate, log2, padded, reciprocal, valid_tokens
+from tinymim_fast.kernels.operands import Launch, Operands, launch
+from tinymim_fast.kernels.tiles import SinglePassTile
 
 LARGEST_SUM = tl.constexpr(2.0**60)
 # What a key that is not there adds to a sum: unlike 0.0, x + -0.0 is x for every x, and the compiler drops it.
@@ -41,59 +41,49 @@ def single_pass_kernel(
     lengths_ptr,
     weights_ptr,
     weight_scales_ptr,
-    stride_x_s_b,
-    stride_x_s_h,
-    stride_x_s_n,
-    stride_y_s_b,
-    stride_y_s_h,
-    stride_y_s_n,
-    stride_x_t_b,
-    stride_x_t_h,
-    stride_x_t_n,
-    stride_y_t_b,
-    stride_y_t_h,
-    stride_y_t_n,
-    stride_d_x_b,
-    stride_d_x_h,
-    stride_d_x_n,
-    stride_d_y_b,
-    stride_d_y_h,
-    stride_d_y_n,
+    stride_s_b,
+    stride_s_h,
+    stride_s_n,
     stride_s_p,
+    stride_t_b,
+    stride_t_h,
+    stride_t_n,
     stride_t_p,
+    stride_d_b,
+    stride_d_h,
+    stride_d_n,
     stride_d_p,
     num_heads,
     num_relations,
     num_tokens,
-    codes_x,
-    codes_y,
+    projections,
     bits_s,
     bits_t,
-    scale_s,
     HEAD_DIM_S: tl.constexpr,
     HEAD_DIM_T: tl.constexpr,
-    BLOCK_D_S: tl.constexpr,
-    BLOCK_D_T: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
     BLOCK_QUERIES: tl.constexpr,
     LIVE_KEYS: tl.constexpr,
     KEY_GROUPS: tl.constexpr,
     NUM_STAGES: tl.constexpr,
-    GAIN: tl.constexpr,
     PRECISION_S: tl.constexpr,
     PRECISION_T: tl.constexpr,
     PTX: tl.constexpr,
     EXACT: tl.constexpr,
 ):
+    """Row losses, dX and dY of one (image, relation, head): the formulas at the head of this file.
+
+    Each where it has a place. With `weights`, row i of dS is multiplied by weights[i] * weight_scales.
+    """
     pid = tl.program_id(0)
     if EXACT and flags_ptr is not None and tl.load(flags_ptr + pid) == 0:
         return
-    image, head, x_p, y_p = locate(pid, num_heads, num_relations, codes_x, codes_y)
+    image, head, x_p, y_p = locate(pid, num_heads, num_relations, projections)
     length = valid_tokens(lengths_ptr, image, num_tokens)
-    x_s_ptr += image * stride_x_s_b + head * stride_x_s_h + x_p * stride_s_p
-    y_s_ptr += image * stride_y_s_b + head * stride_y_s_h + y_p * stride_s_p
-    x_t_ptr += image * stride_x_t_b + head * stride_x_t_h + x_p * stride_t_p
-    y_t_ptr += image * stride_y_t_b + head * stride_y_t_h + y_p * stride_t_p
+    x_s_ptr += image * stride_s_b + head * stride_s_h + x_p * stride_s_p
+    y_s_ptr += image * stride_s_b + head * stride_s_h + y_p * stride_s_p
+    x_t_ptr += image * stride_t_b + head * stride_t_h + x_p * stride_t_p
+    y_t_ptr += image * stride_t_b + head * stride_t_h + y_p * stride_t_p
     first_row = pid.to(tl.int64) * num_tokens
 
     # A map's columns take the keys eight by eight from group to group of warps, so that which keys lie beyond
@@ -102,6 +92,8 @@ def single_pass_kernel(
     GROUP: tl.constexpr = BLOCK_KEYS // KEY_GROUPS
     offs_k = column % GROUP // 8 * (8 * KEY_GROUPS) + column // GROUP * 8 + column % 8
     live = (offs_k < LIVE_KEYS)[None, :]
+    BLOCK_D_S: tl.constexpr = padded(HEAD_DIM_S)
+    BLOCK_D_T: tl.constexpr = padded(HEAD_DIM_T)
     offs_d_s = tl.arange(0, BLOCK_D_S)
     offs_d_t = tl.arange(0, BLOCK_D_T)
     mask_d_s = (offs_d_s < HEAD_DIM_S)[None, :]
@@ -110,18 +102,19 @@ def single_pass_kernel(
     counts = (offs_k < LIVE_KEYS - 16) | (offs_k < num_tokens)  # the former is known to the compiler
 
     y_s = tl.load(
-        y_s_ptr + offs_k[:, None] * stride_y_s_n + offs_d_s[None, :], mask=mask_k & mask_d_s, other=0.0
+        y_s_ptr + offs_k[:, None] * stride_s_n + offs_d_s[None, :], mask=mask_k & mask_d_s, other=0.0
     )  # (keys, D_s)
     y_t = tl.load(
-        y_t_ptr + offs_k[:, None] * stride_y_t_n + offs_d_t[None, :], mask=mask_k & mask_d_t, other=0.0
+        y_t_ptr + offs_k[:, None] * stride_t_n + offs_d_t[None, :], mask=mask_k & mask_d_t, other=0.0
     )  # (keys, D_t)
+    GAIN: tl.constexpr = gain(y_s.dtype)
+    scale_s = bits_s * (LN_2 / GAIN)
     if weight_scales_ptr is not None:
         scale_s *= tl.load(weight_scales_ptr + pid)
-    scale_s *= 1.0 / GAIN
     if d_x_ptr is not None:
-        d_x_ptr += image * stride_d_x_b + head * stride_d_x_h + x_p * stride_d_p
+        d_x_ptr += image * stride_d_b + head * stride_d_h + x_p * stride_d_p
     if d_y_ptr is not None:
-        d_y_ptr += image * stride_d_y_b + head * stride_d_y_h + y_p * stride_d_p
+        d_y_ptr += image * stride_d_b + head * stride_d_h + y_p * stride_d_p
         d_y = tl.zeros([BLOCK_KEYS, BLOCK_D_S], tl.float32)
     if not EXACT:
         out_of_range = tl.zeros([BLOCK_QUERIES], tl.int32)
@@ -131,10 +124,10 @@ def single_pass_kernel(
         in_image = offs_q < num_tokens
         mask_q = (offs_q < length)[:, None]
         x_t = tl.load(
-            x_t_ptr + offs_q[:, None] * stride_x_t_n + offs_d_t[None, :], mask=mask_q & mask_d_t, other=0.0
+            x_t_ptr + offs_q[:, None] * stride_t_n + offs_d_t[None, :], mask=mask_q & mask_d_t, other=0.0
         )  # (queries, D_t)
         x_s = tl.load(
-            x_s_ptr + offs_q[:, None] * stride_x_s_n + offs_d_s[None, :], mask=mask_q & mask_d_s, other=0.0
+            x_s_ptr + offs_q[:, None] * stride_s_n + offs_d_s[None, :], mask=mask_q & mask_d_s, other=0.0
         )  # (queries, D_s)
         d_logits = tl.zeros([BLOCK_QUERIES, BLOCK_KEYS], y_s.dtype)
         # Always so. Where it sees one product feed another, Triton puts all warps along the queries, and half of
@@ -173,7 +166,7 @@ def single_pass_kernel(
         if d_x_ptr is not None:
             d_x = tl.dot(d_logits, y_s, input_precision=PRECISION_S) * scale_s  # (queries, D_s)
             tl.store(
-                d_x_ptr + offs_q[:, None] * stride_d_x_n + offs_d_s[None, :],
+                d_x_ptr + offs_q[:, None] * stride_d_n + offs_d_s[None, :],
                 d_x.to(d_x_ptr.dtype.element_ty),
                 mask=in_image[:, None] & mask_d_s,
             )
@@ -181,7 +174,7 @@ def single_pass_kernel(
             d_y = tl.dot(tl.trans(d_logits), x_s, d_y, input_precision=PRECISION_S)
 
     if d_y_ptr is not None:
-        d_y_ptrs = d_y_ptr + offs_k[:, None] * stride_d_y_n + offs_d_s[None, :]
+        d_y_ptrs = d_y_ptr + offs_k[:, None] * stride_d_n + offs_d_s[None, :]
         mask = (offs_k < num_tokens)[:, None] & mask_d_s
         d_y *= scale_s
         if d_x_ptr is not None and x_p == y_p:  # one tensor's gradient: dX is already there
@@ -194,14 +187,14 @@ def single_pass_kernel(
         tl.store(flags_ptr + pid, tl.max(out_of_range, 0))
 
 
-def launches(operands: Operands, tile: TileConfig) -> tuple[Tensor | None, list[Launch]]:
+def launches(operands: Operands, tile: SinglePassTile) -> tuple[Tensor | None, list[Launch]]:
     """The launches, and where they leave the row losses: (relations, B, H, N) in fp32, or None with row weights.
 
     Gradients go where `operands` has room for them. Memory: a number per row and a flag per head, no map.
     """
     num_images, num_heads, num_tokens, _ = operands.x_s.shape
     block_keys = padded(num_tokens)
-    num_programs = num_images * operands.num_relations * num_heads
+    num_programs = num_images * len(operands.relations) * num_heads
     rows = operands.empty_rows()
     # Rows this short gain nothing, and with their maxima a single key has a loss and a gradient of exactly 0.
     always_exact = block_keys == 16
@@ -217,6 +210,6 @@ def launches(operands: Operands, tile: TileConfig) -> tuple[Tensor | None, list[
         "NUM_STAGES": tile.num_stages,
     }
     return None if rows is None else rows.transpose(0, 1), [
-        Launch(single_pass_kernel, (num_programs,), {**arguments, "EXACT": exact}, tile.num_warps)
+        launch(single_pass_kernel, (num_programs,), {**arguments, "EXACT": exact}, tile.num_warps)
         for exact in ((True,) if always_exact else (False, True))
     ]

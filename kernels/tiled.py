@@ -7,7 +7,9 @@ student's logits and the row maxima m and sums l built up tile by tile (online s
     gradient    dX = scale_s * dS Y_s      a program has some queries and goes over the keys
     gradient    dY = scale_s * dS^T X_s    a program has some keys and goes over the queries
 
-Both gradients are one kernel, which computes dS = (2^(b - m_s) - 2^(a - m_t) l_s / l_t) / l_s again from the statistics.
+Both gradients are one kernel, which computes dS again from the statistics:
+
+    dS = (2^(b - m_s) - 2^(a - m_t) l_s / l_t) / l_s
 """
 
 import torch
@@ -15,9 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tinymim_fast.kernels.device_math import LN_2, MASKED, exp2, locate, log2, reciprocal, valid_tokens
-from tinymim_fast.kernels.operands import Launch, Operands
-from tinymim_fast.kernels.tiles import TileConfig
+from tinymim_fast.kernels.device_math import LN_2, MASKED, exp2, gain, locate, log2, padded, reciprocal, valid_tokens
+from tinymim_fast.kernels.operands import Launch, Operands, launch
+from tinymim_fast.kernels.tiles import TiledTile
 
 
 @triton.jit
@@ -29,31 +31,22 @@ def statistics_kernel(
     rows_ptr,
     statistics_ptr,
     lengths_ptr,
-    stride_x_s_b,
-    stride_x_s_h,
-    stride_x_s_n,
-    stride_y_s_b,
-    stride_y_s_h,
-    stride_y_s_n,
-    stride_x_t_b,
-    stride_x_t_h,
-    stride_x_t_n,
-    stride_y_t_b,
-    stride_y_t_h,
-    stride_y_t_n,
+    stride_s_b,
+    stride_s_h,
+    stride_s_n,
     stride_s_p,
+    stride_t_b,
+    stride_t_h,
+    stride_t_n,
     stride_t_p,
     num_heads,
     num_relations,
     num_tokens,
-    codes_x,
-    codes_y,
+    projections,
     bits_s,
     bits_t,
     HEAD_DIM_S: tl.constexpr,
     HEAD_DIM_T: tl.constexpr,
-    BLOCK_D_S: tl.constexpr,
-    BLOCK_D_T: tl.constexpr,
     BLOCK_QUERIES: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
     NUM_STAGES: tl.constexpr,
@@ -61,25 +54,28 @@ def statistics_kernel(
     PRECISION_T: tl.constexpr,
     PTX: tl.constexpr,
 ):
+    """Row losses, and of each row m_t, l_s / l_t, m_s and 1 / l_s: the formula at the head of this file."""
     pid = tl.program_id(0)
-    image, head, x_p, y_p = locate(pid, num_heads, num_relations, codes_x, codes_y)
+    image, head, x_p, y_p = locate(pid, num_heads, num_relations, projections)
     length = valid_tokens(lengths_ptr, image, num_tokens)
-    x_s_ptr += image * stride_x_s_b + head * stride_x_s_h + x_p * stride_s_p
-    y_s_ptr += image * stride_y_s_b + head * stride_y_s_h + y_p * stride_s_p
-    x_t_ptr += image * stride_x_t_b + head * stride_x_t_h + x_p * stride_t_p
-    y_t_ptr += image * stride_y_t_b + head * stride_y_t_h + y_p * stride_t_p
+    x_s_ptr += image * stride_s_b + head * stride_s_h + x_p * stride_s_p
+    y_s_ptr += image * stride_s_b + head * stride_s_h + y_p * stride_s_p
+    x_t_ptr += image * stride_t_b + head * stride_t_h + x_p * stride_t_p
+    y_t_ptr += image * stride_t_b + head * stride_t_h + y_p * stride_t_p
 
     offs_q = tl.program_id(1).to(tl.int64) * BLOCK_QUERIES + tl.arange(0, BLOCK_QUERIES)
+    BLOCK_D_S: tl.constexpr = padded(HEAD_DIM_S)
+    BLOCK_D_T: tl.constexpr = padded(HEAD_DIM_T)
     offs_d_s = tl.arange(0, BLOCK_D_S)
     offs_d_t = tl.arange(0, BLOCK_D_T)
     mask_d_s = (offs_d_s < HEAD_DIM_S)[None, :]
     mask_d_t = (offs_d_t < HEAD_DIM_T)[None, :]
     mask_q = offs_q < length
     x_s = tl.load(
-        x_s_ptr + offs_q[:, None] * stride_x_s_n + offs_d_s[None, :], mask=mask_q[:, None] & mask_d_s, other=0.0
+        x_s_ptr + offs_q[:, None] * stride_s_n + offs_d_s[None, :], mask=mask_q[:, None] & mask_d_s, other=0.0
     )  # (queries, D_s)
     x_t = tl.load(
-        x_t_ptr + offs_q[:, None] * stride_x_t_n + offs_d_t[None, :], mask=mask_q[:, None] & mask_d_t, other=0.0
+        x_t_ptr + offs_q[:, None] * stride_t_n + offs_d_t[None, :], mask=mask_q[:, None] & mask_d_t, other=0.0
     )  # (queries, D_t)
     m_t = tl.full([BLOCK_QUERIES], MASKED, tl.float32)
     m_s = tl.full([BLOCK_QUERIES], MASKED, tl.float32)
@@ -91,10 +87,10 @@ def statistics_kernel(
         offs_k = start + tl.arange(0, BLOCK_KEYS).to(tl.int64)
         mask_k = offs_k < length
         y_s = tl.load(
-            y_s_ptr + offs_k[:, None] * stride_y_s_n + offs_d_s[None, :], mask=mask_k[:, None] & mask_d_s, other=0.0
+            y_s_ptr + offs_k[:, None] * stride_s_n + offs_d_s[None, :], mask=mask_k[:, None] & mask_d_s, other=0.0
         )  # (keys, D_s)
         y_t = tl.load(
-            y_t_ptr + offs_k[:, None] * stride_y_t_n + offs_d_t[None, :], mask=mask_k[:, None] & mask_d_t, other=0.0
+            y_t_ptr + offs_k[:, None] * stride_t_n + offs_d_t[None, :], mask=mask_k[:, None] & mask_d_t, other=0.0
         )  # (keys, D_t)
         a = tl.dot(x_t, tl.trans(y_t), input_precision=PRECISION_T) * bits_t  # (queries, keys)
         b = tl.dot(x_s, tl.trans(y_s), input_precision=PRECISION_S) * bits_s
@@ -127,83 +123,84 @@ def statistics_kernel(
 
 @triton.jit
 def gradient_kernel(
-    own_s_ptr,
-    other_s_ptr,
-    own_t_ptr,
-    other_t_ptr,
-    d_own_ptr,
+    x_s_ptr,
+    y_s_ptr,
+    x_t_ptr,
+    y_t_ptr,
+    d_x_ptr,
+    d_y_ptr,
     statistics_ptr,
     lengths_ptr,
     weights_ptr,
     weight_scales_ptr,
-    stride_own_s_b,
-    stride_own_s_h,
-    stride_own_s_n,
-    stride_other_s_b,
-    stride_other_s_h,
-    stride_other_s_n,
-    stride_own_t_b,
-    stride_own_t_h,
-    stride_own_t_n,
-    stride_other_t_b,
-    stride_other_t_h,
-    stride_other_t_n,
-    stride_d_own_b,
-    stride_d_own_h,
-    stride_d_own_n,
+    stride_s_b,
+    stride_s_h,
+    stride_s_n,
     stride_s_p,
+    stride_t_b,
+    stride_t_h,
+    stride_t_n,
     stride_t_p,
+    stride_d_b,
+    stride_d_h,
+    stride_d_n,
     stride_d_p,
     num_heads,
     num_relations,
     num_tokens,
-    codes_own,
-    codes_other,
+    projections,
     bits_s,
     bits_t,
-    scale_s,
     HEAD_DIM_S: tl.constexpr,
     HEAD_DIM_T: tl.constexpr,
-    BLOCK_D_S: tl.constexpr,
-    BLOCK_D_T: tl.constexpr,
     BLOCK_OWN: tl.constexpr,
     BLOCK_OTHER: tl.constexpr,
     NUM_STAGES: tl.constexpr,
-    GAIN: tl.constexpr,
     PRECISION_S: tl.constexpr,
     PRECISION_T: tl.constexpr,
     PTX: tl.constexpr,
     OWN_KEYS: tl.constexpr,
-    ADD: tl.constexpr,
 ):
-    """d_own (+)= scale_s * dS other_s; the own tokens are queries, or with OWN_KEYS the keys and dS is transposed."""
+    """d_own = scale_s * dS other_s; the own tokens are queries, or with OWN_KEYS the keys and dS is transposed.
+
+    With `weights`, row i of dS is multiplied by weights[i] * weight_scales.
+    """
     pid = tl.program_id(0)
-    image, head, own_p, other_p = locate(pid, num_heads, num_relations, codes_own, codes_other)
+    image, head, x_p, y_p = locate(pid, num_heads, num_relations, projections)
     length = valid_tokens(lengths_ptr, image, num_tokens)
-    own_s_ptr += image * stride_own_s_b + head * stride_own_s_h + own_p * stride_s_p
-    own_t_ptr += image * stride_own_t_b + head * stride_own_t_h + own_p * stride_t_p
-    other_s_ptr += image * stride_other_s_b + head * stride_other_s_h + other_p * stride_s_p
-    other_t_ptr += image * stride_other_t_b + head * stride_other_t_h + other_p * stride_t_p
-    d_own_ptr += image * stride_d_own_b + head * stride_d_own_h + own_p * stride_d_p
+    if OWN_KEYS:
+        own_s_ptr, other_s_ptr, own_t_ptr, other_t_ptr = y_s_ptr, x_s_ptr, y_t_ptr, x_t_ptr
+        d_own_ptr, own_p, other_p = d_y_ptr, y_p, x_p
+    else:
+        own_s_ptr, other_s_ptr, own_t_ptr, other_t_ptr = x_s_ptr, y_s_ptr, x_t_ptr, y_t_ptr
+        d_own_ptr, own_p, other_p = d_x_ptr, x_p, y_p
+    own_s_ptr += image * stride_s_b + head * stride_s_h + own_p * stride_s_p
+    own_t_ptr += image * stride_t_b + head * stride_t_h + own_p * stride_t_p
+    other_s_ptr += image * stride_s_b + head * stride_s_h + other_p * stride_s_p
+    other_t_ptr += image * stride_t_b + head * stride_t_h + other_p * stride_t_p
+    d_own_ptr += image * stride_d_b + head * stride_d_h + own_p * stride_d_p
     statistics_ptr += pid.to(tl.int64) * 4 * num_tokens
+    GAIN: tl.constexpr = gain(x_s_ptr.dtype.element_ty)
+    scale_s = bits_s * (LN_2 / GAIN)
     if weights_ptr is not None:
         weights_ptr += pid.to(tl.int64) * num_tokens
         scale_s *= tl.load(weight_scales_ptr + pid)
-    scale_s *= 1.0 / GAIN
 
     offs_own = tl.program_id(1).to(tl.int64) * BLOCK_OWN + tl.arange(0, BLOCK_OWN)
+    BLOCK_D_S: tl.constexpr = padded(HEAD_DIM_S)
+    BLOCK_D_T: tl.constexpr = padded(HEAD_DIM_T)
     offs_d_s = tl.arange(0, BLOCK_D_S)
     offs_d_t = tl.arange(0, BLOCK_D_T)
     mask_d_s = (offs_d_s < HEAD_DIM_S)[None, :]
     mask_d_t = (offs_d_t < HEAD_DIM_T)[None, :]
     mask_own = offs_own < length
     own_s = tl.load(
-        own_s_ptr + offs_own[:, None] * stride_own_s_n + offs_d_s[None, :],
+        own_s_ptr + offs_own[:, None] * stride_s_n + offs_d_s[None, :],
         mask=mask_own[:, None] & mask_d_s,
         other=0.0,
     )  # (own, D_s)
     own_t = tl.load(
-        own_t_ptr + offs_own[:, None] * stride_own_t_n + offs_d_t[None, :],
+        own_t_ptr + offs_own[:, None] * stride_t_n + offs_d_t[None, :],
         mask=mask_own[:, None] & mask_d_t,
         other=0.0,
     )  # (own, D_t)
@@ -218,12 +215,12 @@ def gradient_kernel(
         offs_other = start + tl.arange(0, BLOCK_OTHER).to(tl.int64)
         mask_other = offs_other < length
         other_s = tl.load(
-            other_s_ptr + offs_other[:, None] * stride_other_s_n + offs_d_s[None, :],
+            other_s_ptr + offs_other[:, None] * stride_s_n + offs_d_s[None, :],
             mask=mask_other[:, None] & mask_d_s,
             other=0.0,
         )  # (other, D_s)
         other_t = tl.load(
-            other_t_ptr + offs_other[:, None] * stride_other_t_n + offs_d_t[None, :],
+            other_t_ptr + offs_other[:, None] * stride_t_n + offs_d_t[None, :],
             mask=mask_other[:, None] & mask_d_t,
             other=0.0,
         )  # (other, D_t)
@@ -249,49 +246,33 @@ def gradient_kernel(
     if weights_ptr is not None and not OWN_KEYS:
         d_own *= tl.load(weights_ptr + offs_own, mask=mask_own, other=0.0)[:, None]
     mask = (offs_own < num_tokens)[:, None] & mask_d_s
-    d_own_ptrs = d_own_ptr + offs_own[:, None] * stride_d_own_n + offs_d_s[None, :]
-    if ADD and own_p == other_p:  # one tensor's gradient: dX is already there
+    d_own_ptrs = d_own_ptr + offs_own[:, None] * stride_d_n + offs_d_s[None, :]
+    if OWN_KEYS and d_x_ptr is not None and own_p == other_p:  # one tensor's gradient: dX is already there
         d_own += tl.load(d_own_ptrs, mask=mask, other=0.0).to(tl.float32)
     tl.store(d_own_ptrs, d_own.to(d_own_ptr.dtype.element_ty), mask=mask)
 
 
-def launches(operands: Operands, tile: TileConfig) -> tuple[Tensor | None, list[Launch]]:
+def launches(operands: Operands, tile: TiledTile) -> tuple[Tensor | None, list[Launch]]:
     """The launches, and where they leave the row losses: (relations, B, H, N) in fp32, or None with row weights.
 
     Gradients go where `operands` has room for them. Memory: five numbers per row, no map.
     """
     num_images, num_heads, num_tokens, _ = operands.x_s.shape
-    num_programs = num_images * operands.num_relations * num_heads
+    num_programs = num_images * len(operands.relations) * num_heads
     grid = num_programs, triton.cdiv(num_tokens, tile.block_queries)
     rows = operands.empty_rows()
-    want_x, want_y = operands.d_x is not None, operands.d_y is not None
-    statistics = torch.empty(num_programs, 4, num_tokens, device=operands.x_s.device) if want_x or want_y else None
-    shared = {
+    own_keys = [keys for keys, place in ((False, operands.d_x), (True, operands.d_y)) if place is not None]
+    arguments = {
         **operands.arguments(),
         "rows_ptr": rows,
-        "statistics_ptr": statistics,
+        "statistics_ptr": torch.empty(num_programs, 4, num_tokens, device=operands.x_s.device) if own_keys else None,
+        "BLOCK_QUERIES": tile.block_queries,
+        "BLOCK_KEYS": tile.block_keys,
+        "BLOCK_OWN": tile.block_queries,
+        "BLOCK_OTHER": tile.block_keys,
         "NUM_STAGES": tile.num_stages,
     }
-    arguments = {**shared, "BLOCK_QUERIES": tile.block_queries, "BLOCK_KEYS": tile.block_keys}
-    plan = [Launch(statistics_kernel, grid, _chosen(statistics_kernel, arguments), tile.num_warps)]
-    for own_keys, wanted, own, other in ((False, want_x, "x", "y"), (True, want_y, "y", "x")):
-        if wanted:
-            arguments = {
-                **_as_own(shared, own, other),
-                "BLOCK_OWN": tile.block_queries,
-                "BLOCK_OTHER": tile.block_keys,
-                "OWN_KEYS": own_keys,
-                "ADD": own_keys and want_x,
-            }
-            plan.append(Launch(gradient_kernel, grid, _chosen(gradient_kernel, arguments), tile.num_warps))
-    return None if rows is None else rows.transpose(0, 1), plan
-
-
-def _as_own(arguments: dict, own: str, other: str) -> dict:
-    """The shared arguments by the names of gradient_kernel: x and y are the own and the other tokens."""
-    roles = {own: "own", other: "other"}
-    return {"_".join(roles.get(part, part) for part in name.split("_")): value for name, value in arguments.items()}
-
-
-def _chosen(kernel, arguments: dict) -> dict:
-    return {name: value for name, value in arguments.items() if name in kernel.arg_names}
+    return None if rows is None else rows.transpose(0, 1), [
+        launch(statistics_kernel, grid, arguments, tile.num_warps),
+        *(launch(gradient_kernel, grid, {**arguments, "OWN_KEYS": keys}, tile.num_warps) for keys in own_keys),
+    ]

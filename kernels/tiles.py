@@ -1,4 +1,4 @@
-"""Tile choices: checked in, one frozen TileConfig per architecture, N bucket, head widths and dtype.
+"""Tile choices: checked in, one frozen tile per architecture, N bucket, head widths and dtype.
 
 Nothing is tuned in a training run. `python benchmarks/tune_tiles.py` measures `candidates` on the GPU at hand and
 prints lines for `TUNED`.
@@ -6,27 +6,38 @@ prints lines for `TUNED`.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
 
 
 @dataclass(frozen=True, kw_only=True)
-class TileConfig:
-    """
+class SinglePassTile:
+    """Of the kernel that keeps all keys of a head on the chip.
+
     Args:
-        kernel: "single_pass" keeps all keys of a head on the chip, "tiled" takes block_keys of them at a time.
         block_queries: queries in a tile.
-        block_keys: keys in a tile; for single_pass the bucket of N.
         num_warps, num_stages: of the launch, and of the loop over tiles.
-        key_groups: for single_pass, parts of a row that different threads hold; where it fits the layout that
-            Triton gives the maps, keys beyond N cost no instructions.
+        key_groups: parts of a row that different threads hold; where it fits the layout that Triton gives the maps,
+            keys beyond N cost no instructions.
     """
 
-    kernel: Literal["single_pass", "tiled"]
+    block_queries: int
+    num_warps: int
+    num_stages: int = 1
+    key_groups: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class TiledTile:
+    """Of the kernels that take `block_keys` keys at a time.
+
+    Args:
+        block_queries, block_keys: queries and keys in a tile; in the gradient kernels, own and other tokens.
+        num_warps, num_stages: of the launch, and of the loop over tiles.
+    """
+
     block_queries: int
     block_keys: int
     num_warps: int
     num_stages: int = 1
-    key_groups: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +59,7 @@ class Problem:
 
 
 # Measured choices, printed by benchmarks/tune_tiles.py. Empty: nothing was measured yet.
-TUNED: dict[Problem, TileConfig] = {}
+TUNED: dict[Problem, SinglePassTile | TiledTile] = {}
 
 # Where one operand of the matrix unit stays out of the registers, or there are 512 of them.
 ROOMY = ("sm_90", "sm_100", "gfx90a", "gfx942")
@@ -66,12 +77,12 @@ SHARED_MEMORY = {
 }
 
 
-def choose(problem: Problem) -> TileConfig:
+def choose(problem: Problem) -> SinglePassTile | TiledTile:
     """The checked-in choice, else the default."""
     return TUNED.get(problem) or default(problem)
 
 
-def default(problem: Problem) -> TileConfig:
+def default(problem: Problem) -> SinglePassTile | TiledTile:
     """For hardware that nobody has tuned: what compiles without spills, see benchmarks/results/aot_report.csv."""
     bucket = problem.bucket
     wide = problem.head_dim_s > 16 or problem.head_dim_t > 64
@@ -84,17 +95,12 @@ def default(problem: Problem) -> TileConfig:
         block_queries, num_warps, key_groups = 32, 8, 1
     else:
         block_queries, num_warps, key_groups = 16, min(4, bucket // 32), 1
-    tile = TileConfig(
-        kernel="single_pass",
-        block_queries=block_queries,
-        block_keys=bucket,
-        num_warps=num_warps,
-        key_groups=key_groups,
-    )
+    tile = SinglePassTile(block_queries=block_queries, num_warps=num_warps, key_groups=key_groups)
     return tile if fits_single_pass(problem, tile) else default_tiled(problem)
 
 
-def default_tiled(problem: Problem) -> TileConfig:
+def default_tiled(problem: Problem) -> TiledTile:
+    """For rows that do not fit on the chip: compiles without spills, as `default`."""
     wide = max(problem.head_dim_s, problem.head_dim_t) == 128
     if problem.itemsize == 4:
         block_queries, block_keys, num_warps = 32, 16, 4
@@ -106,10 +112,10 @@ def default_tiled(problem: Problem) -> TileConfig:
         block_queries, block_keys, num_warps = 128, 16, 8
     else:
         block_queries, block_keys, num_warps = 64, 16, 4
-    return TileConfig(kernel="tiled", block_queries=block_queries, block_keys=block_keys, num_warps=num_warps)
+    return TiledTile(block_queries=block_queries, block_keys=block_keys, num_warps=num_warps)
 
 
-def fits_single_pass(problem: Problem, tile: TileConfig) -> bool:
+def fits_single_pass(problem: Problem, tile: SinglePassTile) -> bool:
     """Whether the keys of a head and the maps of a block of queries fit into registers and shared memory."""
     widest_s = 64 if problem.bucket < 256 or problem.arch in ROOMY else 32
     if problem.bucket > 256 or problem.itemsize > 2 or problem.head_dim_s > widest_s:
@@ -120,7 +126,7 @@ def fits_single_pass(problem: Problem, tile: TileConfig) -> bool:
     return elements * problem.itemsize <= SHARED_MEMORY.get(problem.arch, 64 * 1024)
 
 
-def candidates(problem: Problem) -> Iterator[TileConfig]:
+def candidates(problem: Problem) -> Iterator[SinglePassTile | TiledTile]:
     """The search space."""
     if problem.bucket <= 256:
         for block_queries in (16, 32, 64):
@@ -128,19 +134,12 @@ def candidates(problem: Problem) -> Iterator[TileConfig]:
                 elements = block_queries * problem.bucket // (32 * num_warps)  # of each map, in one thread
                 if 16 <= elements <= 64:
                     for key_groups in {1, max(1, 16 * num_warps // block_queries)}:
-                        yield TileConfig(
-                            kernel="single_pass",
-                            block_queries=block_queries,
-                            block_keys=problem.bucket,
-                            num_warps=num_warps,
-                            key_groups=key_groups,
-                        )
+                        yield SinglePassTile(block_queries=block_queries, num_warps=num_warps, key_groups=key_groups)
     for block_queries in (32, 64, 128):
         for block_keys in (32, 64, 128):
             for num_warps in (4, 8):
                 for num_stages in (1, 2, 3):
-                    yield TileConfig(
-                        kernel="tiled",
+                    yield TiledTile(
                         block_queries=block_queries,
                         block_keys=block_keys,
                         num_warps=num_warps,

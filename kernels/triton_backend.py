@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from tinymim_fast.kernels import tiles
-from tinymim_fast.kernels.operands import Launch, Operands, padded
+from tinymim_fast.kernels.operands import Launch, Operands, padded, with_shared_strides
+
+Tile = tiles.SinglePassTile | tiles.TiledTile
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_HEAD_DIM = 128
@@ -33,7 +35,12 @@ def relation_kl(
     d_x: Tensor | None = None,
     d_y: Tensor | None = None,
 ) -> Tensor | None:
-    """As chunked.relation_kl, without a map in memory; fp32 row losses."""
+    """As chunked.relation_kl, without a map in memory; fp32 row losses.
+
+    d_x and d_y have the same strides. Where x and y of one side have not, they are copied.
+    """
+    x_s, y_s = with_shared_strides(x_s, y_s)
+    x_t, y_t = with_shared_strides(x_t, y_t)
     operands = Operands(
         x_s=x_s,
         y_s=y_s,
@@ -45,7 +52,7 @@ def relation_kl(
         scale_t=scale_t,
         lengths=lengths,
         weights=row_weights,
-        codes_y=(0,) if d_x is not None and d_x is d_y else (1,),
+        relations=((0, 0) if d_x is not None and d_x is d_y else (0, 1),),
     )
     rows = run(operands)
     return None if rows is None else rows[0]
@@ -73,8 +80,7 @@ def packed_relation_kl(
         scale_s=scale_s,
         scale_t=scale_t,
         lengths=lengths,
-        codes_x=tuple("qkv".index(x) for x, _ in relations),
-        codes_y=tuple("qkv".index(y) for _, y in relations),
+        relations=tuple(("qkv".index(x), "qkv".index(y)) for x, y in relations),
         stride_s_p=_projection_stride(student),
         stride_t_p=_projection_stride(teacher),
         stride_d_p=0 if d_student is None else _projection_stride(d_student),
@@ -82,7 +88,7 @@ def packed_relation_kl(
     return run(operands)
 
 
-def run(operands: Operands, tile: tiles.TileConfig | None = None) -> Tensor | None:
+def run(operands: Operands, tile: Tile | None = None) -> Tensor | None:
     """Row losses (relations, B, H, N), None with row weights; `tile` is the checked-in one if None."""
     rows, launches = plan(operands, tile or choose_tile(operands))
     device = operands.x_s.device
@@ -92,15 +98,16 @@ def run(operands: Operands, tile: tiles.TileConfig | None = None) -> Tensor | No
     return rows
 
 
-def plan(operands: Operands, tile: tiles.TileConfig) -> tuple[Tensor | None, list[Launch]]:
+def plan(operands: Operands, tile: Tile) -> tuple[Tensor | None, list[Launch]]:
     """Where the row losses will be, and the launches."""
     # Triton is imported with the first plan: it is absent on some platforms.
     from tinymim_fast.kernels import single_pass, tiled
 
-    return {"single_pass": single_pass, "tiled": tiled}[tile.kernel].launches(operands, tile)
+    return (single_pass if isinstance(tile, tiles.SinglePassTile) else tiled).launches(operands, tile)
 
 
-def choose_tile(operands: Operands) -> tiles.TileConfig:
+def choose_tile(operands: Operands) -> Tile:
+    """The checked-in tile for these tensors."""
     what = problem(operands)
     # The single pass adds 32-bit offsets within an image and head.
     if operands.largest_offset() >= 2**31:
@@ -109,6 +116,7 @@ def choose_tile(operands: Operands) -> tiles.TileConfig:
 
 
 def problem(operands: Operands, arch: str | None = None) -> tiles.Problem:
+    """What the tile depends on; `arch` is that of the tensors' device if None."""
     return tiles.Problem(
         arch=arch or _arch(operands.x_s.device),
         bucket=padded(operands.x_s.shape[2]),

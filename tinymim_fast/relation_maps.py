@@ -92,7 +92,8 @@ def draw_relation_maps(
     ]
     for column in panels[0]:
         column[0].imshow(image)
-    panels[0][0, 0].set_title("image, query", fontsize=9)
+    groups[0].suptitle(" ", fontsize=11)  # as high as the relations' titles, so that the lines are level
+    panels[0][0, 0].set_title("image\nand query", fontsize=9)
     grey = np.asarray(image, dtype=np.float64).mean(-1)
     for group, lines, (relation, of_model) in zip(groups[1:], panels[1:], maps.items(), strict=True):
         group.suptitle(relation, fontsize=11)

@@ -15,7 +15,7 @@ def test_a_run_on_triton_is_a_run_on_chunked(world, image_folder, teacher_file, 
     from tinymim_fast.training.metrics import read_metrics
 
     # As fp16 and bf16 get it on a GPU; the interpreter takes it for fp32 too.
-    tile = tiles.TileConfig(kernel="single_pass", block_queries=16, block_keys=32, num_warps=1)
+    tile = tiles.SinglePassTile(block_queries=16, num_warps=1)
     monkeypatch.setattr(triton_backend, "choose_tile", lambda operands: tile)
     curves = {}
     for backend in ("chunked", "triton"):

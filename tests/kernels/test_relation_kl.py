@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from support.programs import given, settings, st
 from support.relations import assert_relation_kl_as_exact, inputs, log_relations, loss_and_grads, pytorch_kl
 from tinymim_fast.kernels import chunked, reference, relation_kl
-from tinymim_fast.kernels.relation_kl import scaled
+from tinymim_fast.kernels.reduction import scaled
 
 BACKENDS = ["reference", "chunked"]
 

@@ -19,8 +19,7 @@ from support.relations import (
     loss_and_grads,
     packed,
 )
-from tinymim_fast.kernels import RelationLoss, relation_kl, relation_loss, tiles, triton_backend
-from tinymim_fast.kernels.relation_kl import resolve_backend
+from tinymim_fast.kernels import RelationLoss, backends, relation_kl, relation_loss, tiles, triton_backend
 
 GPU = torch.cuda.is_available()
 needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(not GPU, reason="needs a CUDA device")]
@@ -67,14 +66,12 @@ def force(monkeypatch, kernel):
     def tile(operands):
         if kernel == "single_pass":
             problem = triton_backend.problem(operands)
-            if not triton_backend.INTERPRETED and (tile := tiles.choose(problem)).kernel == kernel:
+            if not triton_backend.INTERPRETED and isinstance(tile := tiles.choose(problem), tiles.SinglePassTile):
                 return tile
             if not triton_backend.INTERPRETED:
                 pytest.skip(f"is tiled here: {problem}")
-            return tiles.TileConfig(
-                kernel=kernel, block_queries=64, block_keys=problem.bucket, num_warps=8, key_groups=2
-            )
-        return tiles.TileConfig(kernel=kernel, block_queries=64, block_keys=64, num_warps=4)
+            return tiles.SinglePassTile(block_queries=64, num_warps=8, key_groups=2)
+        return tiles.TiledTile(block_queries=64, block_keys=64, num_warps=4)
 
     monkeypatch.setattr(triton_backend, "choose_tile", tile)
 
@@ -111,7 +108,7 @@ def test_shapes(shape, place_of_kernel, assert_as_exact, poisoned):
 @pytest.mark.parametrize("shape", LONG_SHAPES)
 def test_long_shapes(shape, place, monkeypatch, assert_as_exact, poisoned):
     if place[0] == "cpu":  # the interpreter's time is the number of tiles
-        tile = tiles.TileConfig(kernel="tiled", block_queries=128, block_keys=128, num_warps=4)
+        tile = tiles.TiledTile(block_queries=128, block_keys=128, num_warps=4)
         monkeypatch.setattr(triton_backend, "choose_tile", lambda operands: tile)
     assert_relation_kl_as_exact(assert_as_exact, on(place, inputs(shape)), place[1], "triton")
 
@@ -474,16 +471,16 @@ def test_every_problem_has_a_tile():
             for itemsize in (2, 4):
                 problem = tiles.Problem(arch=arch, bucket=bucket, head_dim_s=64, head_dim_t=128, itemsize=itemsize)
                 tile = tiles.choose(problem)
-                assert tile.kernel == "tiled" or bucket <= 256
+                assert isinstance(tile, tiles.TiledTile) or bucket <= 256
                 for candidate in (tile, *tiles.candidates(problem)):
-                    assert candidate.block_keys % (8 * candidate.key_groups) == 0
+                    assert isinstance(candidate, tiles.TiledTile) or bucket % (8 * candidate.key_groups) == 0
 
 
 def test_strides_beyond_32_bits_are_tiled():
     """The single pass adds 32-bit offsets within a head; on "meta", as nothing so large fits here."""
     x = torch.empty_strided((1, 1, 200, 16), (0, 0, 2**24, 1), dtype=torch.float16, device="meta")
     operands = triton_backend.Operands(x_s=x, y_s=x, x_t=x, y_t=x, d_x=None, d_y=None, scale_s=1.0, scale_t=1.0)
-    assert triton_backend.choose_tile(operands).kernel == "tiled"
+    assert isinstance(triton_backend.choose_tile(operands), tiles.TiledTile)
 
 
 @needs_interpreter
@@ -493,13 +490,14 @@ def test_offsets_beyond_32_bits(axis, monkeypatch):
     shape, strides = [1, 1, 3, 16], [48, 48, 16, 1]
     shape[axis], strides[axis] = 3, 2**30
     room = torch.empty(2**31 + 2**20, dtype=torch.float16)
-    far = room.as_strided(shape, strides)
+    far = [room.as_strided(shape, strides, offset) for offset in (0, 64)]  # else x and y are copied
     near = inputs((*shape, 16), torch.float16)
-    far.copy_(near[2])
+    for there, here in zip(far, near[2:]):
+        there.copy_(here)
     # Tokens so far apart are the tiled kernels' by choice; images and heads are single_pass's as well.
     for kernel in KERNELS if axis < 2 else ["tiled"]:
         force(monkeypatch, kernel)
-        ours = loss_and_grads(relation_kl, *near[:2], far, near[3], backend="triton")
+        ours = loss_and_grads(relation_kl, *near[:2], *far, backend="triton")
         assert all(torch.equal(a, b) for a, b in zip(ours, loss_and_grads(relation_kl, *near, backend="triton")))
 
 
@@ -512,7 +510,7 @@ def test_rocm_is_dispatched_to_triton_without_ptx(monkeypatch):
     try:
         with FakeTensorMode():
             x = torch.empty(2, 3, 197, 16, dtype=torch.bfloat16, device="cuda")
-            assert resolve_backend("auto", x, x) == "triton"
+            assert backends.resolve("auto", x, x) == "triton"
             operands = triton_backend.Operands(x_s=x, y_s=x, x_t=x, y_t=x, d_x=x, d_y=x, scale_s=1.0, scale_t=1.0)
             assert triton_backend.problem(operands).arch == "gfx942"
             _, launches = triton_backend.plan(operands, triton_backend.choose_tile(operands))
