@@ -141,8 +141,8 @@ def find_encoder(content: FileContent, path: Path, key: str | None = None) -> di
     prefix = within[0]
     if any(not other.startswith(prefix) for other in within[1:]):
         raise InputError(f"{path} holds several models, at {names}; say which", argument="key")
-    if prefix or len(found) > 1:
-        logger.info("%s: took the weights at %s of %s", path, prefix.rstrip(".") or "the top level", names)
+    if prefix not in ("", "model.", "state_dict.") or len(found) > 1:
+        logger.info("%s: took the weights at %s; it holds %s", path, prefix.rstrip(".") or "the top level", names)
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
@@ -235,7 +235,9 @@ def _read_pickle(path: Path) -> FileContent:
         # PyTorch's own message advises to switch its protection off
         named = re.search(r"(?:GLOBAL|global) ([\w.]+)", str(error))
         if named is None or "." not in named[1]:
-            raise _refused(path, "not a checkpoint that can be read: damaged, cut, or no pickle of torch.save") from error
+            raise _refused(
+                path, "not a checkpoint that can be read: damaged, cut, or no pickle of torch.save"
+            ) from error
         raise _refused(
             path,
             f"holds a Python object, {shown(named[1])}, beside its tensors, and loading it could run code; save the weights "
@@ -276,7 +278,9 @@ def _check_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
             else None
         )
         if kind:
-            raise _refused(path, f"{shown(name)} is {kind}; want plain tensors: save model.state_dict() of a whole model")
+            raise _refused(
+                path, f"{shown(name)} is {kind}; want plain tensors: save model.state_dict() of a whole model"
+            )
     claimed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     if claimed > 4 * path.stat().st_size + 2**20:
         raise _refused(path, f"its tensors claim {claimed >> 20} MiB, more than the file can hold; it is damaged")
