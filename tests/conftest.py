@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-# Before torch: spinning threads starve the other processes of a test, and so do two threads of each of two processes of tests.
+# Before torch: spinning threads starve the other processes of a test, and so do two threads of each of two processes of
+# tests.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")

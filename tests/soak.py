@@ -2,8 +2,8 @@
 
 python tests/soak.py [--kills 100] [--record FILE.csv]
 
-Prints a line for each kind of fault and appends it to FILE: what was tried, how often, and how often it failed. Takes about a
-quarter of an hour on two quiet cores.
+Prints a line for each kind of fault and appends it to FILE: what was tried, how often, and how often it failed. Takes
+about a quarter of an hour on two quiet cores.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ from support.inputs import draw_images, save_teacher
 from support.programs import ROOT, distill_flags, run_forked, start_forked, start_ranks
 from tinymim_fast.errors import EXIT_INPUT
 from tinymim_fast.models.checkpoints import list_checkpoints
-from tinymim_fast.training.metrics import read_metrics
 
 COLUMNS = ("fault", "tries", "met", "failed", "seconds", "date", "commit")
 
@@ -38,23 +37,26 @@ def starter(ranks: int, *flags: str):
     return lambda: [start_forked("train", *flags)] if ranks == 1 else start_ranks("train", *flags, ranks=ranks)
 
 
-def killed(folder: Path, images: Path, teacher: Path, ranks: int, count: int) -> dict:
-    """`count` SIGKILLs into the writing of checkpoints, each followed by the same command; then the whole run is compared."""
-    tally, rng, rounds = kills.Tally(), random.Random(ranks), 0
-    while tally.kills < count:
-        rounds += 1
-        flags = {"checkpoint_interval": 1, "epochs": 10, "seed": rounds, "zero_stage": 2}
-        whole, output = folder / f"whole_{rounds}", folder / f"killed_{rounds}"
-        kills.run_to_end(starter(ranks, *distill_flags(images, teacher, whole, **flags)))
-        last = int(list_checkpoints(whole)[-1].name.removeprefix("step_"))
-        start = starter(ranks, *distill_flags(images, teacher, output, **flags))
-        at = 0
-        while tally.kills < count and at < last - 2:
-            kills.kill_in_writing(start, output, rng, tally)
-            at = tally.steps[-1]
-        kills.run_to_end(start)
-        kills.assert_same_run(output, whole)
-    return {"tries": tally.kills, "met": f"{tally.in_writing} left something half-written"}
+def killed(folder: Path, images: Path, teacher: Path, count: int) -> dict:
+    """`count` SIGKILLs for one rank and for two, each followed by the same command; then whole runs are compared."""
+    tallies = {ranks: kills.Tally() for ranks in (1, 2)}
+    for ranks, tally in tallies.items():
+        rng, rounds = random.Random(ranks), 0
+        while tally.kills < count:
+            rounds += 1
+            flags = {"checkpoint_interval": 1, "epochs": 10, "seed": rounds, "zero_stage": 2}
+            whole, output = folder / f"whole_{ranks}_{rounds}", folder / f"killed_{ranks}_{rounds}"
+            kills.run_to_end(starter(ranks, *distill_flags(images, teacher, whole, **flags)))
+            last = int(list_checkpoints(whole)[-1].name.removeprefix("step_"))
+            start = starter(ranks, *distill_flags(images, teacher, output, **flags))
+            at = 0
+            while tally.kills < count and at < last - 2:
+                kills.kill_in_writing(start, output, rng, tally)
+                at = tally.steps[-1]
+            kills.run_to_end(start)
+            kills.assert_same_run(output, whole)
+    met = sum(tally.in_writing for tally in tallies.values())
+    return {"tries": sum(tally.kills for tally in tallies.values()), "met": f"{met} left something half-written"}
 
 
 def full_disks(folder: Path, images: Path, teacher: Path) -> dict:
@@ -78,28 +80,18 @@ def full_disks(folder: Path, images: Path, teacher: Path) -> dict:
 
 
 def changed_scale(folder: Path, images: Path, teacher: Path) -> dict:
-    """Ranks, ZeRO stage and micro-batch changed at each of several stops: each image once an epoch, losses to 2 %."""
+    """Ranks, ZeRO stage and micro-batch changed at each of five kills."""
     whole, output = folder / "whole", folder / "changed"
     base = {"drop_path": 0, "epochs": 6}
     kills.run_to_end(starter(1, *distill_flags(images, teacher, whole, **base)))
     scales = [(1, 0, 16), (2, 1, 8), (1, 2, 4), (2, 2, 4), (2, 0, 8), (1, 1, 8)]
-    for number, (ranks, stage, micro) in enumerate(scales):
-        flags = distill_flags(
-            images, teacher, output, **base,
-            zero_stage=stage, train_micro_batch_size_per_gpu=micro, checkpoint_interval=6,
-        )  # fmt: skip
-        runs = starter(ranks, *flags)()
-        if number == len(scales) - 1:
-            for run in runs:
-                run.communicate()
-            break
-        runs[0].wait_for(f"step {6 * number + 7}/")
-        for run in runs:
-            run.kill()
-            run.wait()
-    ours, theirs = read_metrics(output), read_metrics(whole)
-    assert [r["step"] for r in ours] == [r["step"] for r in theirs]
-    worst = max(abs(a["loss"] / b["loss"] - 1) for a, b in zip(ours, theirs, strict=True))
+    worst = kills.change_scale(
+        lambda **scale: distill_flags(images, teacher, output, **base, **scale),
+        scales,
+        every=6,
+        output_dir=output,
+        reference=whole,
+    )
     assert worst < 0.02, worst
     return {"tries": len(scales) - 1, "met": f"losses to {100 * worst:.1f} %"}
 
@@ -111,12 +103,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--record", type=Path, help="CSV to append to")
     args = parser.parse_args(argv)
     trials = {
-        "SIGKILL while a checkpoint is written, one rank": lambda *a: killed(*a, ranks=1, count=args.kills),
-        "SIGKILL while a checkpoint is written, two ranks or one of two": lambda *a: killed(
-            *a, ranks=2, count=args.kills
-        ),
-        "disk full while a checkpoint is written": full_disks,
-        "ranks, ZeRO stage and micro-batch changed": changed_scale,
+        "SIGKILL while a checkpoint is written, to one rank or two": lambda *a: killed(*a, count=args.kills),
+        "the disk is full while a checkpoint is written": full_disks,
+        "another number of ranks, ZeRO stage and micro-batch": changed_scale,
     }
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True

@@ -30,6 +30,7 @@ class Stages:
         self._live = sys.stdout.isatty()
 
     def begin(self, what: str) -> None:
+        """Say what the next stage does."""
         self._number += 1
         self._quarters = 0
         self._line, self._began = f"[{self._number}/{NUM_STAGES}] {what}", time.monotonic()
@@ -46,6 +47,7 @@ class Stages:
             print(f"      {where}", flush=True)
 
     def end(self, result: str = "") -> None:
+        """Say what came of the stage and how long it took; on a terminal in the stage's own line."""
         start = f"\r\033[K{self._line}: " if self._live else "      "
         seconds = f"{time.monotonic() - self._began:.0f} s"
         print(start + (f"{result}, {seconds}" if result else seconds), flush=True)
@@ -108,14 +110,15 @@ def tell_story(stages: Stages, out: Path, log: Path) -> None:
     paths = (f"--data-path={images}", f"--teacher-checkpoint={teacher}", f"--output-dir={student}")
     launch(stages, log, "train.py", "demo_student", *paths)
 
-    stages.begin("comparing them by k nearest neighbours, without labels in training")
+    stages.begin("comparing their features by k nearest neighbours")
     if not exported.exists():
         export(str(student), exported)
+    num_classes = len(list(images.glob("val/*")))
     accuracies = {
         "teacher (masked autoencoder)": evaluate_knn(str(teacher), str(images)),
         "student, distilled": evaluate_knn(str(exported), str(images)),
         "the same student, untrained": evaluate_knn(str(exported), str(images), untrained=True),
-        "chance": 1 / len(list(images.glob("val/*"))),
+        "chance": 1 / num_classes,
     }
     stages.end()
 
@@ -124,7 +127,7 @@ def tell_story(stages: Stages, out: Path, log: Path) -> None:
     picture_relations(picture, images / PICTURED, str(teacher), str(exported))
     stages.end()
 
-    print(f"\n{'k-NN on images of neither training':34s}  top-1 %")
+    print(f"\n{f'k-NN accuracy on {num_classes} classes':34s}  top-1 %")
     for name, accuracy in accuracies.items():
         print(f"{name:34s}  {100 * accuracy:7.1f}")
     print("\nPictures")
@@ -184,7 +187,9 @@ def picture_relations(path: Path, image_file: Path, teacher: str, student: str) 
             f"{who}\n" + ("" if who == "teacher" else f"KL {kl[who]:.3f}"): patches[queries].numpy()
             for who, patches in on_patches[relation].items()
         }
-    title = "What the framed patch relates to (mean over heads), and how far from the teacher: KL in nats, mean over the image"
+    title = (
+        "What the framed patch relates to (mean over heads); KL: how far from the teacher in nats, mean over the image"
+    )
     draw_relation_maps(path, np.asarray(pixels), grid, queries, maps, title=title)
 
 

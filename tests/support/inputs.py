@@ -16,7 +16,7 @@ def draw_images(folder: Path) -> Path:
 
 
 def save_teacher(path: Path) -> Path:
-    """An untrained teacher in the layout of the official MAE release: {"model": {...}}, with a decoder; returns `path`."""
+    """An untrained teacher in the layout of MAE's release, {"model": {...}} with a decoder; returns `path`."""
     import timm
     import torch
 

@@ -6,7 +6,7 @@ import contextlib
 import random
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from support.fork_server import Forked
+from support.programs import start_ranks
 from tinymim_fast.models.checkpoints import latest_checkpoint, list_checkpoints
 from tinymim_fast.training.metrics import read_metrics
 
@@ -83,6 +84,37 @@ def assert_same_run(output_dir: Path, reference: Path) -> None:
         assert [r[part] for r in ours] == [r[part] for r in theirs], part
     mine, other = (load_file(latest_checkpoint(folder) / FILES[0]) for folder in (output_dir, reference))
     assert mine.keys() == other.keys() and all(torch.equal(mine[name], other[name]) for name in mine)
+
+
+def change_scale(
+    flags: Callable[..., list[str]],
+    scales: Sequence[tuple[int, int, int]],
+    *,
+    every: int,
+    output_dir: Path,
+    reference: Path,
+) -> float:
+    """Kill a run after each `every` steps, and go on with the next of `scales`: (ranks, ZeRO stage, micro-batch).
+
+    Returns:
+        The largest relative difference of a step's loss from the reference's.
+    """
+    for number, (ranks, stage, micro) in enumerate(scales, start=1):
+        scale = {"zero_stage": stage, "train_micro_batch_size_per_gpu": micro, "checkpoint_interval": every}
+        runs = start_ranks("train", *flags(**scale), ranks=ranks)
+        try:
+            if number < len(scales):
+                runs[0].wait_for(f"step {every * number + 1}/")
+            else:
+                outputs = [run.communicate()[0] for run in runs]
+                assert [run.returncode for run in runs] == [0] * ranks, "\n".join(outputs)
+        finally:
+            for run in runs:
+                run.kill()
+                run.communicate()
+    ours, theirs = read_metrics(output_dir), read_metrics(reference)
+    assert [r["step"] for r in ours] == [r["step"] for r in theirs]
+    return max(abs(a["loss"] / b["loss"] - 1) for a, b in zip(ours, theirs, strict=True))
 
 
 @contextlib.contextmanager

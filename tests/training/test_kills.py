@@ -12,6 +12,11 @@ from tinymim_fast.errors import EXIT_INPUT
 from tinymim_fast.models.checkpoints import list_checkpoints
 
 
+@pytest.mark.fault(
+    "SIGKILL while a checkpoint is written, to one rank or two",
+    "what was saved stays; the same command goes on, bitwise as if undisturbed",
+    tries=12,
+)
 @pytest.mark.parametrize(("ranks", "count"), [(1, 8), (2, 4)])
 def test_kills_while_a_checkpoint_is_written(image_folder, teacher_file, tmp_path, ranks, count):
     """SIGKILL within 8 ms of the first byte of a checkpoint; the same command goes on as if nothing had happened."""
@@ -30,6 +35,10 @@ def test_kills_while_a_checkpoint_is_written(image_folder, teacher_file, tmp_pat
     assert tally.in_writing, "no kill fell into the writing: this test shows nothing"
 
 
+@pytest.mark.fault(
+    "the disk is full while a checkpoint is written",
+    "one line, code 2, the checkpoint before stays; with space again the same command goes on, bitwise",
+)
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.7])
 def test_a_disk_that_fills_while_a_checkpoint_is_written(image_folder, teacher_file, tmp_path, share):
     """Room for one checkpoint and `share` of the next; with space again, the same command goes on."""
@@ -52,3 +61,21 @@ def test_a_disk_that_fills_while_a_checkpoint_is_written(image_folder, teacher_f
             kills.assert_same_run(disk / "run", whole)
     except PermissionError as error:
         pytest.skip(f"this process may not mount a small disk: {error}")
+
+
+@pytest.mark.fault("another number of ranks, ZeRO stage and micro-batch", "losses to 2 %, every step once", tries=2)
+@pytest.mark.parametrize("scales", [[(1, 1, 16), (2, 2, 4), (1, 0, 8)]])
+def test_a_run_goes_on_at_another_scale(image_folder, teacher_file, tmp_path, scales):
+    """Killed and started with other (ranks, ZeRO stage, micro-batch): the curve of a run that nobody disturbed."""
+    base = {"drop_path": 0, "epochs": 3}
+    kills.run_to_end(
+        lambda: [start_forked("train", *distill_flags(image_folder, teacher_file, tmp_path / "whole", **base))]
+    )
+    worst = kills.change_scale(
+        lambda **scale: distill_flags(image_folder, teacher_file, tmp_path / "run", **base, **scale),
+        scales,
+        every=6,
+        output_dir=tmp_path / "run",
+        reference=tmp_path / "whole",
+    )
+    assert worst < 0.02
