@@ -32,6 +32,7 @@ setup(
     packages=[
         "tinymim_fast",
         "tinymim_fast.data",
+        "tinymim_fast.evaluation",
         "tinymim_fast.kernels",
         "tinymim_fast.models",
         "tinymim_fast.recipes",

@@ -13,7 +13,8 @@ from tinymim_fast.errors import EXIT_INPUT
 from tinymim_fast.evaluation.features import extract_features
 from tinymim_fast.evaluation.knn import knn_accuracy
 from tinymim_fast.evaluation.splits import find_splits
-from tinymim_fast.models.checkpoints import ModelInfo, save_weights
+from tinymim_fast.models.checkpoints import save_weights
+from tinymim_fast.models.model_info import ModelInfo
 from tinymim_fast.models.taps import Place, Taps
 from tinymim_fast.models.vit import create_vit, head_layout
 

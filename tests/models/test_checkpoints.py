@@ -8,13 +8,13 @@ import torch
 
 from tinymim_fast.errors import InputError
 from tinymim_fast.models.checkpoints import (
-    ModelInfo,
     latest_checkpoint,
     list_checkpoints,
     load_encoder,
     read_weights,
     save_weights,
 )
+from tinymim_fast.models.model_info import ModelInfo
 from tinymim_fast.models.taps import Place, Taps
 from tinymim_fast.models.vit import head_layout, sincos_2d
 

@@ -159,6 +159,24 @@ def load_encoder(
     return vit, replace(info, model_kwargs=kwargs, head_layout=layout)
 
 
+def restore(vit: VisionTransformer, checkpoint: Path) -> None:
+    """Fill a model with the weights of its own run.
+
+    Args:
+        vit: built as the run's configuration says.
+        checkpoint: a folder that the run saved.
+
+    Raises:
+        InputError: unreadable, not finite, or of another model (argument "source"); other numbers of heads (argument
+            "model_kwargs").
+    """
+    state, info = read_weights(checkpoint)
+    check_finite(state, checkpoint)
+    if info is not None:
+        check_heads(vit, info.head_layout.get("num_heads", []), checkpoint)
+    load_state(vit, state, source=str(checkpoint), name=info.architecture if info else type(vit).__name__)
+
+
 def load_state(vit: VisionTransformer, state: Mapping[str, torch.Tensor], *, source: str, name: str) -> None:
     """Fill `vit`; decoder, classifier and final norm may be missing or in excess, all else must match.
 
