@@ -18,7 +18,7 @@ from PIL import Image
 
 from support.loaders import copies, eval_loader, train_loader
 from tinymim_fast.data import DataError, find_images, scan_images
-from tinymim_fast.data import index as index_module
+from tinymim_fast.data import scan as scan_module
 from tinymim_fast.data.pack import main as pack
 from tinymim_fast.data.pack import verify
 from tinymim_fast.data.scan import main as scan
@@ -45,12 +45,12 @@ def no_scan(monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("scanned")
 
-    monkeypatch.setattr(index_module, "scan_images", refuse)
+    monkeypatch.setattr(scan_module, "scan_images", refuse)
 
 
 def same_index(a, b):
     return a.paths == b.paths and a.class_names == b.class_names and all(
-        np.array_equal(getattr(a, name), getattr(b, name)) for name in ("labels", "sizes", "num_bytes", "formats", "modes")
+        np.array_equal(getattr(a, name), getattr(b, name)) for name in ("labels", "sizes", "num_bytes", "verdicts")
     )  # fmt: skip
 
 
@@ -89,7 +89,7 @@ def test_scan_says_what_it_found(odd_root, tmp_path, capsys):
 
 
 def test_processes_find_the_same(drawn_root, drawn_index, monkeypatch):
-    monkeypatch.setattr(index_module, "_FILES_PER_TASK", 7)
+    monkeypatch.setattr(scan_module, "_FILES_PER_TASK", 7)
     assert same_index(scan_images(drawn_root, split="train", workers=2), drawn_index)
 
 
@@ -132,8 +132,8 @@ def test_a_cut_off_pack_goes_on(root, packed, tmp_path, capsys):
     for name in ("train-000001.tar", "val-000001.tar"):
         del manifest["shards"][name]
     (packed / "manifest.json").write_text(json.dumps(manifest))
-    (packed / "train-000001.tar").rename(packed / "train-000001.tar.tmp")
-    os.truncate(packed / "train-000001.tar.tmp", 1000)
+    (packed / "train-000001.tar").rename(packed / "tmp_0_train-000001.tar")
+    os.truncate(packed / "tmp_0_train-000001.tar", 1000)
     os.truncate(packed / "train-000002.tar", 1000)
     (packed / "index.npz").unlink()
     with pytest.raises(DataError, match="not packed to the end"):
@@ -167,7 +167,8 @@ def test_resized_pack(tmp_path):
     Image.fromarray(ramp[:100]).save(tmp_path / "src" / "a" / "small.png")
     assert pack([str(tmp_path / "src"), str(tmp_path / "dst"), "--short-side=101", "--workers=1"]) == 0
     index = find_images(tmp_path / "dst")
-    assert index.sizes.tolist() == [[101, 151], [100, 300]] and index.formats.tolist() == ["JPEG", "PNG"]
+    assert index.sizes.tolist() == [[101, 151], [100, 300]] and index.paths == ["a/large.png", "a/small.png"]
+    assert [Image.open(io.BytesIO(index.encoded(i))).format for i in range(2)] == ["JPEG", "PNG"]
     assert index.encoded(1).tobytes() == (tmp_path / "src" / "a" / "small.png").read_bytes()
     wanted = np.asarray(Image.fromarray(ramp).resize((151, 101), Image.Resampling.BICUBIC)).astype(float)
     assert np.abs(np.asarray(index.read_image(0)) - wanted).mean() < 2  # JPEG
@@ -236,7 +237,7 @@ def test_a_truncated_shard_is_named(packed, loader_name, cut):
 def test_a_killed_program_leaves_no_processes():
     code = """
 import os, time
-from tinymim_fast.data.index import in_parallel
+from tinymim_fast.data.parallel import in_parallel
 def work(i):
     os.write(1, b"%d\\n" % os.getpid())  # in one piece
     time.sleep(100)

@@ -24,18 +24,14 @@ from tqdm import tqdm
 from tinymim_fast.data.draws import epoch_order
 from tinymim_fast.data.errors import DataError
 from tinymim_fast.data.headers import decode_rgb
-from tinymim_fast.data.index import (
-    INDEX_FILE,
-    ImageIndex,
-    find_images,
-    in_parallel,
-    save_indexes,
-    scan_images,
-    splits_of,
-)
-from tinymim_fast.errors import EXIT_INPUT
+from tinymim_fast.data.index import INDEX_FILE, ImageIndex, save_indexes
+from tinymim_fast.data.parallel import in_parallel
+from tinymim_fast.data.scan import find_images, scan_images, splits_of
+from tinymim_fast.errors import EXIT_INPUT, flags
+from tinymim_fast.files import PREFIX, remove_unfinished, whole_file, write_text
 
 MANIFEST = "manifest.json"
+_OPTIONS = ("short_side", "quality", "max_count", "shard_size", "workers")
 _EPILOG = """\
 Shards are DST/train-000000.tar and so on, with <key>.jpg and <key>.cls for each image; keys are the paths in SRC, "." as
 %2E. Their images are shuffled, once, so that they can be streamed too. DST/manifest.json holds class names, and count and
@@ -78,8 +74,12 @@ def pack(
         workers: processes.
 
     Raises:
-        DataError: no images, a damaged one that no header shows, `dst` holds something else, or can't be written.
+        DataError: no images, a damaged one that no header shows, an option out of range, or a `dst` that holds something else
+            or can't be written.
     """
+    for name, value in zip(_OPTIONS, (short_side, quality, max_count, shard_size, workers), strict=True):
+        if value is not None and not 0 < value <= (95 if name == "quality" else value):
+            raise DataError(f"got {value}, want {'1 to 95' if name == 'quality' else 'more than 0'}", argument=name)
     options = {"short_side": short_side, "quality": quality if short_side else None}
     sources = {split or "train": find_images(src, split=split, workers=workers) for split in splits_of(src)}
     manifest = {
@@ -154,23 +154,18 @@ def _part(index: ImageIndex, sample_ids: np.ndarray) -> ImageIndex:
 
 
 def _write_shard(job: _Job, *, dst: Path, short_side: int | None, quality: int | None) -> dict:
-    """One shard, under a temporary name until it is whole; returns its entry in the manifest."""
-    index, final, temporary = job.images, dst / job.name, dst / f"{job.name}.tmp"
-    with tarfile.open(temporary, "w") as tar:
-        for i in range(len(index)):
-            name = _member_name(index, i, short_side)
-            content = _resized(index, i, short_side, quality) if _is_large(index, i, short_side) else index.encoded(i)
-            for ending, data in ((None, content), ("cls", str(index.labels[i]).encode())):
-                member = tarfile.TarInfo(name if ending is None else f"{os.path.splitext(name)[0]}.{ending}")
-                member.size = len(data)
-                tar.addfile(member, io.BytesIO(data))
-    entry = {
-        "num_images": len(index),
-        "num_bytes": temporary.stat().st_size,
-        "sha256": _checksum(temporary),
-    }
-    os.replace(temporary, final)
-    return entry
+    """One shard, whole or not at all; returns its entry in the manifest."""
+    index = job.images
+    with whole_file(dst / job.name) as temporary:
+        with tarfile.open(temporary, "w") as tar:
+            for i in range(len(index)):
+                name, large = _member_name(index, i, short_side), _is_large(index, i, short_side)
+                content = _resized(index, i, short_side, quality) if large else index.encoded(i)
+                for ending, data in ((None, content), ("cls", str(index.labels[i]).encode())):
+                    member = tarfile.TarInfo(name if ending is None else f"{os.path.splitext(name)[0]}.{ending}")
+                    member.size = len(data)
+                    tar.addfile(member, io.BytesIO(data))
+        return {"num_images": len(index), "num_bytes": temporary.stat().st_size, "sha256": _checksum(temporary)}
 
 
 def _is_large(index: ImageIndex, sample_id: int, short_side: int | None) -> bool:
@@ -203,7 +198,7 @@ def _index_of(dst: Path, split: str, source: ImageIndex, short_side: int | None,
         order = np.array([position[_member_name(source, i, short_side)] for i in range(len(source))])
     except KeyError as error:
         raise DataError(f"got shards in {dst} without {error}; run --verify") from error
-    arrays = ("sizes", "num_bytes", "verdicts", "formats", "modes", "spans")
+    arrays = ("sizes", "num_bytes", "verdicts", "spans")
     return dataclasses.replace(
         packed,
         paths=source.paths,
@@ -235,7 +230,7 @@ def _checksum(path: Path) -> str:
 def _begin(dst: Path, manifest: dict) -> dict[str, dict]:
     """Make or check `dst`; returns the entries of the shards that are complete."""
     if not (dst / MANIFEST).is_file():
-        if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
+        if dst.exists() and (not dst.is_dir() or any(not p.name.startswith(PREFIX) for p in dst.iterdir())):
             raise DataError(f"got {dst}, which holds something else; want a new or empty folder for the shards")
         dst.mkdir(parents=True, exist_ok=True)
         _write_manifest(dst, manifest, {})
@@ -243,8 +238,7 @@ def _begin(dst: Path, manifest: dict) -> dict[str, dict]:
     before = _read_manifest(dst)
     if before["made_from"] != manifest["made_from"]:
         raise DataError(f"got {dst}, which holds shards of other images or options; choose another folder")
-    for unfinished in dst.glob("*.tar.tmp"):
-        unfinished.unlink()
+    remove_unfinished(dst)
     return {
         name: entry
         for name, entry in before["shards"].items()
@@ -260,9 +254,7 @@ def _read_manifest(dst: Path) -> dict:
 
 
 def _write_manifest(dst: Path, manifest: dict, shards: dict[str, dict]) -> None:
-    temporary = dst / f"{MANIFEST}.tmp"
-    temporary.write_text(json.dumps({**manifest, "shards": shards}, indent=1) + "\n")
-    os.replace(temporary, dst / MANIFEST)
+    write_text(dst / MANIFEST, json.dumps({**manifest, "shards": shards}, indent=1) + "\n")
 
 
 def _bar(parts, total):
@@ -286,22 +278,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--verify", action="store_true", help="compare each shard with its checksum; needs DST alone")
     args = parser.parse_args(argv)
     try:
-        for name in ("short_side", "quality", "max_count", "shard_size", "workers"):
-            value = getattr(args, name)
-            if value is not None and not 0 < value <= (95 if name == "quality" else value):
-                raise DataError(
-                    f"got --{name.replace('_', '-')} {value}, want {'1 to 95' if name == 'quality' else 'more than 0'}"
-                )
         if args.src is not None:
-            pack(
-                args.src,
-                args.dst,
-                short_side=args.short_side,
-                quality=args.quality,
-                max_count=args.max_count,
-                shard_size=args.shard_size,
-                workers=args.workers,
-            )
+            options = {name: getattr(args, name) for name in _OPTIONS}
+            with flags(**{name: f"--{name.replace('_', '-')}" for name in _OPTIONS}):
+                pack(args.src, args.dst, **options)
             print(f"packed: {args.dst}; train with --data-path {args.dst}")
         elif not args.verify:
             raise DataError(f"got {args.dst} alone, want SRC DST, or --verify")

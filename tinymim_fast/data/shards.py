@@ -14,6 +14,7 @@ import numpy as np
 
 from tinymim_fast.data.errors import DataError
 from tinymim_fast.data.headers import IMG_EXTENSIONS, Header, inspect
+from tinymim_fast.files import PREFIX
 
 _BLOCK = 512  # bytes; zeros behind the last member end an archive
 
@@ -125,6 +126,8 @@ def find_shards(folder: Path) -> dict[str, list[Path]]:
     """The .tar files in a folder by split: train, val, or "" where their names tell none."""
     splits: dict[str, list[Path]] = {}
     for path in sorted(folder.glob("*.tar")):
+        if path.name.startswith(PREFIX):  # being packed, or left by a killed pack
+            continue
         words = path.stem.replace("_", "-").split("-")
         split = next((s for s in ("train", "val") if s in words or (s == "val" and "validation" in words)), "")
         splits.setdefault(split, []).append(path)

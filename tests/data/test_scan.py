@@ -71,9 +71,9 @@ def test_save_and_load(folder, tmp_path):
     for name in ("root", "paths", "class_names", "damaged", "stamps", "shards"):
         assert getattr(loaded, name) == getattr(index, name)
     np.testing.assert_array_equal(loaded.labels, index.labels)
-    for name in ("sizes", "verdicts", "formats", "modes"):
+    for name in ("sizes", "num_bytes", "verdicts"):
         np.testing.assert_array_equal(getattr(loaded, name), getattr(index, name))
-    assert not list(tmp_path.glob("*.tmp"))
+    assert not list(tmp_path.glob("tmp_*"))
 
 
 @pytest.mark.parametrize("content", [None, b"", b"no archive"])
