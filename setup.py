@@ -39,7 +39,7 @@ setup(
         "tinymim_fast.training",
     ],
     package_dir={"tinymim_fast": "tinymim_fast", "tinymim_fast.kernels": "kernels"},
-    package_data={"tinymim_fast.recipes": ["*.yaml"]},
+    package_data={"tinymim_fast.recipes": ["*.yaml"], "tinymim_fast.kernels": ["*.cpp"]},
     install_requires=[
         "torch>=2.6",
         "triton>=3.2; platform_system == 'Linux'",

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from tinymim_fast.kernels import cpu
 from tinymim_fast.kernels.reference import MASKED_LOGIT, padding_mask, working_dtype
 
 # Bytes of one of the three maps of a chunk: large enough to pay for the calls, small enough for the caches.
@@ -56,6 +57,19 @@ def relation_kl(
     Memory: three maps, each of at most CPU_MAP_BYTES or DEVICE_MAP_BYTES, or of N * N if that is more.
     Deterministic wherever torch.bmm is. fp32 products follow torch.get_float32_matmul_precision().
     """
+    if cpu.takes(x_s, x_t):
+        return cpu.relation_kl(
+            x_s,
+            y_s,
+            x_t,
+            y_t,
+            scale_s=scale_s,
+            scale_t=scale_t,
+            lengths=lengths,
+            row_weights=row_weights,
+            d_x=d_x,
+            d_y=d_y,
+        )
     num_images, num_heads, num_tokens, _ = x_s.shape
     dtype = working_dtype(x_s, x_t)
     rows = x_s.new_empty(num_images, num_heads, num_tokens, dtype=dtype)

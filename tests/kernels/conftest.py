@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from tinymim_fast.kernels import cpu
+
 # Roundings of the result that no computation in the dtype can avoid: relative to the largest exact entry.
 # Half-precision gradients are rounded twice, when stored and when multiplied by the upstream gradient.
 FLOORS = {torch.float64: 1e-14, torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
@@ -33,3 +35,16 @@ def poisoned():
     assert torch.empty(3).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="module", params=["compiled", "pytorch"])
+def loops(request):
+    """Backend "chunked" by the C++ library, then by PyTorch, whatever the machine has."""
+    if request.param == "compiled":
+        if not cpu.takes(torch.empty(0)):
+            pytest.skip("no C++ compiler")
+        yield request.param
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu, "takes", lambda *tensors: False)
+        yield request.param
