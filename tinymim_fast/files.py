@@ -70,6 +70,18 @@ def write_text(path: str | Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def remove_folder(path: str | Path) -> None:
+    """Remove a folder under a temporary name first, so that a kill leaves nothing half there under its own.
+
+    Raises:
+        OSError: it can't be removed; what is left of it has a temporary name.
+    """
+    path = Path(path)
+    temporary = _beside(path)
+    os.rename(path, temporary)
+    shutil.rmtree(temporary)
+
+
 def remove_unfinished(folder: str | Path) -> None:
     """Remove what killed processes left in `folder` under temporary names; nobody may be writing there.
 
