@@ -10,6 +10,8 @@ For one (image, head), with p = softmax(scale * X Y^T) over the rows and S the s
 The gradient needs nothing that the loss has not already computed, so it is formed while the maps are still in
 cache. The difference p_s - p_t is taken in the working dtype, before any rounding: near convergence it is all
 that is left.
+
+On a CPU with a C++ compiler the same is done by compiled loops: cpu.py.
 """
 
 from collections.abc import Iterator, Sequence
@@ -54,7 +56,7 @@ def relation_kl(
         (B, H, N) row losses, 0 beyond the length; fp64 where an input is fp64, else fp32. None with `row_weights`:
         a backward pass has no use for them.
 
-    Memory: three maps, each of at most CPU_MAP_BYTES or DEVICE_MAP_BYTES, or of N * N if that is more.
+    Memory: where cpu.py takes the tensors, what it says; else three maps, each of at most CPU_MAP_BYTES or DEVICE_MAP_BYTES, or of N * N if that is more.
     Deterministic wherever torch.bmm is. fp32 products follow torch.get_float32_matmul_precision().
     """
     if cpu.takes(x_s, x_t):
