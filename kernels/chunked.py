@@ -56,7 +56,8 @@ def relation_kl(
         (B, H, N) row losses, 0 beyond the length; fp64 where an input is fp64, else fp32. None with `row_weights`:
         a backward pass has no use for them.
 
-    Memory: where cpu.py takes the tensors, what it says; else three maps, each of at most CPU_MAP_BYTES or DEVICE_MAP_BYTES, or of N * N if that is more.
+    Memory: where cpu.py takes the tensors, what it says; else three maps, each of at most CPU_MAP_BYTES or
+        DEVICE_MAP_BYTES, or of N * N if that is more.
     Deterministic wherever torch.bmm is. fp32 products follow torch.get_float32_matmul_precision().
     """
     if cpu.takes(x_s, x_t):
