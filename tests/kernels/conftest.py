@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tinymim_fast.kernels import triton_backend
+from tinymim_fast.kernels import cpu, triton_backend
 
 # Roundings of the result that no computation in the dtype can avoid: relative to the largest exact entry.
 # Half-precision gradients are rounded twice, when stored and when multiplied by the upstream gradient.
@@ -59,3 +59,16 @@ def products_as_a_matrix_unit_sums_them():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(InterpreterBuilder, "create_dot", create_dot)
         yield
+
+
+@pytest.fixture(scope="module", params=["compiled", "pytorch"])
+def loops(request):
+    """Backend "chunked" by the C++ library, then by PyTorch, whatever the machine has."""
+    if request.param == "compiled":
+        if not cpu.takes(torch.empty(0)):
+            pytest.skip("no C++ compiler")
+        yield request.param
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu, "takes", lambda *tensors: False)
+        yield request.param
