@@ -9,6 +9,8 @@ BIN    := $(VENV)/bin
 # folder of the results, DATA_PATH=DIR real images for the loading benchmark, PARTS="NAME ..." some parts of the summary.
 AS_IS       := $(if $(wildcard $(READY)),$(BIN)/python,$(PYTHON))
 GPU_MINUTES ?= 9
+# Processes of tests, one thread each: as many as cores, but no more than 4, since each needs 1 to 2 GiB.
+TEST_JOBS   ?= $(shell cores=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); echo $$((cores < 4 ? cores : 4)))
 OPTIONS     := $(if $(OUT),--output $(OUT)) $(if $(DATA_PATH),--data-path $(DATA_PATH)) $(if $(PARTS),--parts $(PARTS))
 
 .PHONY: demo test lint format bench gpu readme-tables clean
@@ -23,7 +25,7 @@ demo: $(READY)
 	$(BIN)/python -m tinymim_fast.demo --output-dir demo-out
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(TEST_JOBS) --dist worksteal
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -36,6 +36,7 @@ setup(
         "tinymim_fast.models",
         "tinymim_fast.recipes",
         "tinymim_fast.targets",
+        "tinymim_fast.tasks",
         "tinymim_fast.training",
     ],
     package_dir={"tinymim_fast": "tinymim_fast", "tinymim_fast.kernels": "kernels"},

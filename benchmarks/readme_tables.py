@@ -1,4 +1,4 @@
-"""The README's performance and proof sections, from the result files in benchmarks/results.
+"""The README's performance, proof and reliability sections, from benchmarks/results and the marks on tests.
 
 python benchmarks/readme_tables.py        rewrites README.md (make readme-tables)
 
@@ -12,6 +12,7 @@ import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import reliability
 from labels import OURS, in_order, label, our_row
 
 ROOT = Path(__file__).parent.parent
@@ -236,12 +237,17 @@ def _proof_cell(parts: Sequence[str], summary: dict, found: dict) -> str:
 
 
 def render(readme: str, results: Path) -> str:
-    """The README with both sections as the result files have them.
+    """The README with all sections as the result files and the tests' marks have them.
 
     Raises:
         ValueError: a section's markers are missing.
     """
-    for name, text in (("performance", performance(results)), ("proof", proof(results))):
+    sections = {
+        "performance": performance(results),
+        "proof": proof(results),
+        "reliability": reliability.table(ROOT / "tests", results),
+    }
+    for name, text in sections.items():
         start, end = f"<!-- {name}: made by `make readme-tables` -->", f"<!-- /{name} -->"
         head, found, rest = readme.partition(start)
         _, found_end, tail = rest.partition(end)
@@ -252,7 +258,7 @@ def render(readme: str, results: Path) -> str:
 
 
 def main() -> None:
-    """Rewrite both sections of README.md."""
+    """Rewrite these sections of README.md."""
     path = ROOT / "README.md"
     try:
         path.write_text(render(path.read_text(), RESULTS))

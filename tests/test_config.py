@@ -3,8 +3,11 @@ import dataclasses
 import pytest
 import yaml
 
-from tinymim_fast.config import RECIPES, DistillConfig, PretrainConfig, RunConfig, differences, parse, to_dict, to_yaml
+from tinymim_fast.batches import BatchPlan
+from tinymim_fast.config import RECIPES, RunConfig, differences, parse, to_dict, to_yaml
 from tinymim_fast.errors import InputError
+from tinymim_fast.tasks.distill import DistillConfig
+from tinymim_fast.tasks.pretrain import PretrainConfig
 
 PATHS = ["--data-path=d", "--output-dir=o"]
 DISTILL = [*PATHS, "--teacher-checkpoint=t"]
@@ -16,7 +19,7 @@ def test_recipes_are_complete_runs(recipe):
     kind, flags = (DistillConfig, DISTILL) if distills else (PretrainConfig, PATHS)
     by_path = parse(kind, [f"--config={recipe}", *flags], "p")
     assert by_path == parse(kind, ["--config", recipe.stem, *flags], "p")
-    assert by_path.batch_plan(8)[0] >= 1
+    assert by_path.batch_plan(8).micro_batch_size >= 1
 
 
 def test_papers_recipe():
@@ -84,7 +87,8 @@ def test_batch_plan(world, micro, accum, plan):
         train_micro_batch_size_per_gpu=micro,
         gradient_accumulation_steps=accum,
     )
-    assert config.batch_plan(world) == plan
+    micro, accum = plan
+    assert config.batch_plan(world) == BatchPlan(micro_batch_size=micro, accumulation_steps=accum, world_size=world)
 
 
 @pytest.mark.parametrize(("world", "micro", "accum"), [(3, None, None), (1, 24, None), (128, None, None), (2, 16, 4)])
@@ -96,7 +100,7 @@ def test_batch_size_that_ranks_dont_divide(world, micro, accum):
         train_micro_batch_size_per_gpu=micro,
         gradient_accumulation_steps=accum,
     )
-    with pytest.raises(InputError, match=rf"--train-batch-size: got 64.*ranks \({world}\)"):
+    with pytest.raises(InputError, match=rf"train_batch_size: got 64.*ranks \({world}\)"):
         config.batch_plan(world)
 
 

@@ -9,19 +9,20 @@ import torch
 pytest.importorskip("deepspeed")
 
 from support.programs import TINY, distill_flags
-from tinymim_fast import export, train
-from tinymim_fast.config import DistillConfig, parse
+from support.runs import distil
+from tinymim_fast import export
+from tinymim_fast.config import parse
 from tinymim_fast.errors import InputError
 from tinymim_fast.evaluate import evaluate_knn, knn_accuracy
 from tinymim_fast.models.checkpoints import latest_checkpoint, load_encoder, read_weights
-from tinymim_fast.training import loop as training
+from tinymim_fast.tasks import distill
 
 
 @pytest.fixture(scope="module")
 def run(world, image_folder, teacher_file, tmp_path_factory):
     folder = tmp_path_factory.mktemp("export") / "run"
     flags = distill_flags(image_folder, teacher_file, folder, epochs=1, relation_heads=6, mean="[0.5,0.5,0.5]")
-    training.train(parse(DistillConfig, flags, "p"), world, train.build_task)
+    distil(world, *flags)
     return folder
 
 
@@ -52,7 +53,7 @@ def test_an_export_is_a_teacher_that_offers_its_relation_heads(run, image_folder
     flags = distill_flags(
         image_folder, tmp_path / "out", tmp_path / "next", teacher_model=None, teacher_model_kwargs="{}"
     )
-    _, block, heads = train.build_teacher(parse(DistillConfig, flags, "p"))
+    _, block, heads = distill.build_teacher(parse(distill.DistillConfig, flags, "p"))
     assert (block, heads) == (3, 6)
 
 

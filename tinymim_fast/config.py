@@ -1,49 +1,28 @@
-"""What a run is: typed, frozen, checked configuration, read from YAML recipes and the command line.
+"""What every run has in common: typed, frozen, checked configuration, read from YAML recipes and the command line.
 
 Every field is a flag (`--train-batch-size 1024`) and a YAML key (`train_batch_size: 1024`); the command line wins.
-Names follow timm and DeepSpeed, so a flag that exists there means the same here.
+Names follow timm and DeepSpeed, so a flag that exists there means the same here. What one kind of training adds is in
+tasks/. Nothing here waits for torch. Annotations of configurations are not postponed: jsonargparse would import what
+their modules import for type checkers.
 """
-
-from __future__ import annotations
 
 import json
 import math
 import re
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import yaml
 
-from tinymim_fast.errors import InputError
+from tinymim_fast.batches import BatchPlan
+from tinymim_fast.errors import InputError, flags
 
 RECIPES = Path(__file__).parent / "recipes"
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-
-# Fields that may change between a run and its continuation: none changes what is learnt.
-FREE_ON_RESUME = frozenset(
-    [
-        "data_path",
-        "max_bad_files",
-        "output_dir",
-        "loader",
-        "workers",
-        "dali_kwargs",
-        "log_interval",
-        "checkpoint_interval",
-        "checkpoint_minutes",
-        "checkpoint_hist",
-        "resume",
-        "tensorboard",
-        "loss_backend",
-        "train_micro_batch_size_per_gpu",
-        "gradient_accumulation_steps",
-        "zero_stage",
-        "deepspeed_config",
-    ]
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,9 +64,31 @@ class RunConfig:
         checkpoint_interval: optimizer steps between checkpoints; 0: by time only.
         checkpoint_minutes: minutes between checkpoints; 0: by steps only. The last step is always saved.
         checkpoint_hist: checkpoints kept.
-        resume: "auto" continues what `output_dir` holds; "none" starts anew and refuses a folder that holds checkpoints.
+        resume: "auto" continues what `output_dir` holds; "none" starts anew and refuses a folder with checkpoints.
         tensorboard: write event files to `output_dir/tensorboard`.
     """
+
+    # Fields that may change between a run and its continuation: none changes what is learnt.
+    FREE_ON_RESUME: ClassVar[frozenset[str]] = frozenset(
+        [
+            "data_path",
+            "max_bad_files",
+            "output_dir",
+            "loader",
+            "workers",
+            "dali_kwargs",
+            "log_interval",
+            "checkpoint_interval",
+            "checkpoint_minutes",
+            "checkpoint_hist",
+            "resume",
+            "tensorboard",
+            "train_micro_batch_size_per_gpu",
+            "gradient_accumulation_steps",
+            "zero_stage",
+            "deepspeed_config",
+        ]
+    )
 
     data_path: str
     output_dir: str
@@ -126,8 +127,8 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         positive = (
-            "img_size workers epochs train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps lr lr_base "
-            "lr_base_size log_interval checkpoint_hist"
+            "img_size workers epochs train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps lr "
+            "lr_base lr_base_size log_interval checkpoint_hist"
         )
         for name in positive.split():
             value = getattr(self, name)
@@ -159,15 +160,19 @@ class RunConfig:
 
     def _check(self, name: str, ok: bool, want: str) -> None:
         if not ok:
-            raise InputError(f"--{name.replace('_', '-')}: got {getattr(self, name)}, want {want}")
+            raise InputError(f"got {getattr(self, name)}, want {want}", argument=name)
 
     @property
     def peak_lr(self) -> float:
         """The learning rate after warm-up."""
         return self.lr if self.lr is not None else self.lr_base * self.train_batch_size / self.lr_base_size
 
-    def batch_plan(self, world_size: int) -> tuple[int, int]:
-        """Images per forward pass on one rank, and forward passes per optimizer step."""
+    def batch_plan(self, world_size: int) -> BatchPlan:
+        """How `train_batch_size` is divided among ranks and micro-batches.
+
+        Raises:
+            InputError: it can't be.
+        """
         total, micro, accum = (
             self.train_batch_size,
             self.train_micro_batch_size_per_gpu,
@@ -182,95 +187,12 @@ class RunConfig:
             rest = total - micro * accum * world_size
         if rest or micro < 1 or accum < 1:
             raise InputError(
-                f"--train-batch-size: got {total}, want a multiple of train_micro_batch_size_per_gpu "
+                f"got {total}, want a multiple of train_micro_batch_size_per_gpu "
                 f"({self.train_micro_batch_size_per_gpu or 'free'}) x gradient_accumulation_steps "
-                f"({self.gradient_accumulation_steps or 'free'}) x ranks ({world_size})"
+                f"({self.gradient_accumulation_steps or 'free'}) x ranks ({world_size})",
+                argument="train_batch_size",
             )
-        return micro, accum
-
-
-@dataclass(frozen=True, kw_only=True)
-class DistillConfig(RunConfig):
-    """A distillation run: a frozen teacher's token relations, reproduced by a student.
-
-    Args:
-        teacher_checkpoint: an official MAE or TinyMIM `.pth`, a checkpoint or export of this package (folder or
-            file), or `timm:NAME` for timm's own weights.
-        student_model: timm name of a VisionTransformer.
-        student_model_kwargs: passed to `timm.create_model`, e.g. `{"reg_tokens": 4}`.
-        student_pos_embed: "sincos", fixed as in MAE, or "learn".
-        teacher_model: timm name of the teacher; read from the checkpoint where that says it.
-        teacher_model_kwargs: passed to `timm.create_model`.
-        target_block: the teacher's block, 1-based; default 18 for 24 blocks (ViT-L), else the last.
-        relation_heads: heads of the relations; must divide both widths; default the teacher's.
-        relations: any of qk, vv, qq, kk.
-        relation_weights: one weight a relation; default 1 each.
-        drop_path: the student's, the same in every block before the last.
-        color_jitter: strength of brightness, contrast and saturation jitter of the student's view.
-        loss_backend: "auto", "triton", "chunked" or "reference".
-    """
-
-    teacher_checkpoint: str
-    student_model: str = "vit_base_patch16_224"
-    student_model_kwargs: dict[str, Any] = field(default_factory=dict)
-    student_pos_embed: Literal["sincos", "learn"] = "sincos"
-    teacher_model: str | None = None
-    teacher_model_kwargs: dict[str, Any] = field(default_factory=dict)
-    target_block: int | None = None
-    relation_heads: int | None = None
-    relations: tuple[Literal["qk", "vv", "qq", "kk"], ...] = ("qk", "vv")
-    relation_weights: tuple[float, ...] | None = None
-    drop_path: float = 0.1
-    color_jitter: float = 0.4
-    loss_backend: Literal["auto", "triton", "chunked", "reference"] = "auto"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._check("relations", 0 < len(self.relations) == len(set(self.relations)), "one or more, none twice")
-        weights = self.relation_weights
-        self._check(
-            "relation_weights",
-            weights is None or (len(weights) == len(self.relations) and min(weights) >= 0 < max(weights)),
-            f"{len(self.relations)} weights, one for each of {', '.join(self.relations)}, 0 or more and not all 0",
-        )
-        self._check("relation_heads", self.relation_heads is None or self.relation_heads > 0, "more than 0")
-        self._check("target_block", self.target_block is None or self.target_block > 0, "1 or more")
-        self._check("drop_path", 0 <= self.drop_path < 1, "a probability below 1")
-        self._check("color_jitter", 0 <= self.color_jitter <= 1, "0 to 1")
-
-
-@dataclass(frozen=True, kw_only=True)
-class PretrainConfig(RunConfig):
-    """A masked-autoencoder pre-training run (He et al., CVPR 2022, arXiv 2111.06377).
-
-    Args:
-        model: timm name of the encoder, a VisionTransformer with a class token.
-        model_kwargs: passed to `timm.create_model`.
-        mask_ratio: share of the patches that the encoder does not see.
-        decoder_embed_dim: width of the decoder.
-        decoder_depth: blocks of the decoder.
-        decoder_num_heads: attention heads of the decoder.
-        norm_pix_loss: normalise each patch's pixels before comparing.
-    """
-
-    model: str = "vit_base_patch16_224"
-    model_kwargs: dict[str, Any] = field(default_factory=dict)
-    mask_ratio: float = 0.75
-    decoder_embed_dim: int = 512
-    decoder_depth: int = 8
-    decoder_num_heads: int = 16
-    norm_pix_loss: bool = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._check("mask_ratio", 0 < self.mask_ratio < 1, "a share between 0 and 1")
-        self._check("decoder_depth", self.decoder_depth > 0, "more than 0")
-        self._check("decoder_num_heads", self.decoder_num_heads > 0, "more than 0")
-        self._check(
-            "decoder_embed_dim",
-            self.decoder_embed_dim > 0 and self.decoder_embed_dim % (4 * self.decoder_num_heads) == 0,
-            f"a multiple of 4 x decoder_num_heads ({4 * self.decoder_num_heads})",
-        )
+        return BatchPlan(micro_batch_size=micro, accumulation_steps=accum, world_size=world_size)
 
 
 Config = TypeVar("Config", bound=RunConfig)
@@ -292,17 +214,21 @@ def parse(kind: type[Config], argv: Sequence[str], prog: str) -> Config:
     parser.add_class_arguments(kind)
     try:
         values = parser.parse_args(_normalise(argv))
-        return kind(**{f.name: _plain(values[f.name]) for f in fields(kind)})
+        with name_flags(kind):
+            return kind(**{f.name: _plain(values[f.name]) for f in fields(kind)})
     except (ArgumentError, TypeError) as error:
-        raise InputError(_readable(str(error))) from error
+        raise InputError(re.sub(r"\s+", " ", str(error)).strip()) from error
+
+
+def name_flags(kind: type[RunConfig]) -> AbstractContextManager[None]:
+    """Errors inside the with block name the flags of `kind`, `--img-size`, instead of its fields, `img_size`."""
+    return flags(**{f.name: f"--{f.name.replace('_', '-')}" for f in fields(kind)})
 
 
 def _normalise(argv: Sequence[str]) -> list[str]:
     """Dashes to underscores in flag names, recipe names to paths, launcher's flags out."""
     args = [re.sub(r"^--[^=]+", lambda m: "--" + m[0][2:].replace("-", "_"), a) for a in argv]
-    args = [
-        a for a in args if not a.startswith("--local_rank")
-    ]  # the DeepSpeed launcher adds it; the environment has it
+    args = [a for a in args if not a.startswith("--local_rank")]  # DeepSpeed's launcher adds it; the environment has it
     for i, arg in enumerate(args):
         flag, _, value = arg.partition("=")
         if flag != "--config":
@@ -325,21 +251,18 @@ def _plain(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def _readable(message: str) -> str:
-    return re.sub(r"\s+", " ", message).strip()
-
-
 def to_dict(config: RunConfig) -> dict[str, Any]:
     """Plain types only: what YAML and JSON can hold."""
     return json.loads(json.dumps(asdict(config)))
 
 
 def to_yaml(config: RunConfig) -> str:
+    """Every field, defaults included, in the order of the class."""
     return yaml.safe_dump(to_dict(config), sort_keys=False)
 
 
 def differences(saved: dict[str, Any], config: RunConfig) -> list[str]:
     """Fields that make `config` another run than the saved one, each as `name: saved -> now`."""
     now = to_dict(config)
-    names = [n for n in [*now, *(set(saved) - set(now))] if n not in FREE_ON_RESUME]
+    names = [n for n in [*now, *(set(saved) - set(now))] if n not in config.FREE_ON_RESUME]
     return [f"{n}: {saved.get(n)} -> {now.get(n)}" for n in names if saved.get(n) != now.get(n)]

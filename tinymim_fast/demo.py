@@ -17,7 +17,7 @@ from tinymim_fast.errors import EXIT_INPUT, InputError
 
 HERE = Path(__file__).parent
 NUM_STAGES = 5
-PICTURED, NUM_QUERIES = 0, 4  # which image of the validation part, and how many of its patches
+PICTURED, NUM_QUERIES = "val/star/00005.jpg", 4  # whose relations are drawn, and of how many of its patches
 SHOWN_ON_FAILURE = 15  # lines of the log
 STEP = re.compile(r"step (\d+)/(\d+) .*?\bloss (\S+)")
 
@@ -30,6 +30,7 @@ class Stages:
         self._live = sys.stdout.isatty()
 
     def begin(self, what: str) -> None:
+        """Say what the next stage does."""
         self._number += 1
         self._quarters = 0
         self._line, self._began = f"[{self._number}/{NUM_STAGES}] {what}", time.monotonic()
@@ -46,6 +47,7 @@ class Stages:
             print(f"      {where}", flush=True)
 
     def end(self, result: str = "") -> None:
+        """Say what came of the stage and how long it took; on a terminal in the stage's own line."""
         start = f"\r\033[K{self._line}: " if self._live else "      "
         seconds = f"{time.monotonic() - self._began:.0f} s"
         print(start + (f"{result}, {seconds}" if result else seconds), flush=True)
@@ -108,23 +110,24 @@ def tell_story(stages: Stages, out: Path, log: Path) -> None:
     paths = (f"--data-path={images}", f"--teacher-checkpoint={teacher}", f"--output-dir={student}")
     launch(stages, log, "train.py", "demo_student", *paths)
 
-    stages.begin("comparing them by k nearest neighbours, without labels in training")
+    stages.begin("comparing their features by k nearest neighbours")
     if not exported.exists():
         export(str(student), exported)
+    num_classes = len(list(images.glob("val/*")))
     accuracies = {
         "teacher (masked autoencoder)": evaluate_knn(str(teacher), str(images)),
         "student, distilled": evaluate_knn(str(exported), str(images)),
         "the same student, untrained": evaluate_knn(str(exported), str(images), untrained=True),
-        "chance": 1 / len(list(images.glob("val/*"))),
+        "chance": 1 / num_classes,
     }
     stages.end()
 
     stages.begin("drawing what the student learnt")
     picture = out / "relations.png"
-    picture_relations(picture, sorted(images.glob("val/*/*"))[PICTURED], str(teacher), str(exported))
+    picture_relations(picture, images / PICTURED, str(teacher), str(exported))
     stages.end()
 
-    print(f"\n{'k-NN on images of neither training':34s}  top-1 %")
+    print(f"\n{f'k-NN accuracy on {num_classes} classes':34s}  top-1 %")
     for name, accuracy in accuracies.items():
         print(f"{name:34s}  {100 * accuracy:7.1f}")
     print("\nPictures")
@@ -142,15 +145,14 @@ def picture_relations(path: Path, image_file: Path, teacher: str, student: str) 
 
     from tinymim_fast.models.checkpoints import load_encoder
     from tinymim_fast.models.taps import Place, Taps
-    from tinymim_fast.models.vit import create_vit, freeze, init_mae_style
+    from tinymim_fast.models.vit import create_vit, init_mae_style
     from tinymim_fast.relation_maps import draw_relation_maps, head_kl, relation_rows, telling_queries
 
     of_teacher, _ = load_encoder(teacher)
     distilled, info = load_encoder(student)
-    torch.manual_seed(info.recipe["seed"])
+    torch.manual_seed(info.recipe["seed"])  # the weights that training began with
     untrained = create_vit(info.architecture, **info.model_kwargs)
     init_mae_style(untrained, pos_embed=info.recipe["student_pos_embed"])
-    models = {"teacher": of_teacher, "student before": untrained, "student after": distilled}
 
     with Image.open(image_file) as file:
         pixels = file.convert("RGB")
@@ -158,14 +160,20 @@ def picture_relations(path: Path, image_file: Path, teacher: str, student: str) 
     view = torch.from_numpy(np.asarray(pixels.resize((size, size), Image.BICUBIC)) / 255).float()
     mean, std = (torch.tensor(info.recipe[name]) for name in ("mean", "std"))
     batch = ((view - mean) / std).permute(2, 0, 1)[None]
-    heads, relations = info.head_layout["relation_heads"], info.recipe["relations"]
 
+    layout, relations = info.head_layout, info.recipe["relations"]
+    prefix, grid = distilled.num_prefix_tokens, distilled.patch_embed.grid_size
+    depth = len(distilled.blocks)
+    tapped = {
+        "teacher": (of_teacher, layout["teacher_block"]),
+        "student before": (untrained, depth),
+        "student after": (distilled, depth),
+    }
     qkv = {}
-    for who, vit in models.items():
-        taps = freeze(Taps(vit, [Place("qkv", len(vit.blocks))]), torch.float32, torch.device("cpu"))
+    for who, (vit, block) in tapped.items():
         with torch.inference_mode():
-            (qkv[who],) = taps(batch).values()
-    prefix, grid = taps.num_prefix_tokens, vit.patch_embed.grid_size
+            (qkv[who],) = Taps(vit.eval(), [Place("qkv", block)])(batch).values()
+    heads = layout["relation_heads"]
     rows = {r: {who: relation_rows(projection, r, heads) for who, projection in qkv.items()} for r in relations}
     on_patches = {
         relation: {who: r[0].mean(0)[prefix:, prefix:] for who, r in of_model.items()}
@@ -176,10 +184,12 @@ def picture_relations(path: Path, image_file: Path, teacher: str, student: str) 
     for relation, of_model in rows.items():
         kl = {who: head_kl(of_model["teacher"], r).mean() for who, r in of_model.items()}
         maps[f"{relation[0].upper()} {relation[1].upper()}\u1d40"] = {
-            who if who == "teacher" else f"{who}, KL {kl[who]:.3f}": patches[queries].numpy()
+            f"{who}\n" + ("" if who == "teacher" else f"KL {kl[who]:.3f}"): patches[queries].numpy()
             for who, patches in on_patches[relation].items()
         }
-    title = "What the framed patch relates to in the last block: softmax of the relation, mean over heads"
+    title = (
+        "What the framed patch relates to (mean over heads); KL: how far from the teacher in nats, mean over the image"
+    )
     draw_relation_maps(path, np.asarray(pixels), grid, queries, maps, title=title)
 
 

@@ -69,7 +69,8 @@ LOCAL_RANKS = ("LOCAL_RANK", "SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK")
 def complete_environment() -> int:
     """Check what a launcher put into the environment, and add what it left out; returns the local rank.
 
-    Without RANK this is a run of one process. Without LOCAL_RANK it is SLURM's or Open MPI's, else 0: one process a machine.
+    Without RANK this is a run of one process. Where LOCAL_RANK lacks, SLURM's or Open MPI's is taken, else 0: one
+    process a machine.
 
     Raises:
         InputError: a variable is missing or no number; names it.
@@ -81,8 +82,8 @@ def complete_environment() -> int:
     missing = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
     if missing:
         raise InputError(
-            f"RANK is set, but not {', '.join(missing)}; start with deepspeed or torchrun, set all of RANK, LOCAL_RANK, WORLD_SIZE, "
-            "MASTER_ADDR and MASTER_PORT, or unset RANK to train in one process"
+            f"RANK is set, but not {', '.join(missing)}; start with deepspeed or torchrun, set RANK, LOCAL_RANK, "
+            "WORLD_SIZE, MASTER_ADDR and MASTER_PORT, or unset RANK to train in one process"
         )
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT"):
         if not os.environ[name].isdecimal():
@@ -96,8 +97,9 @@ def complete_environment() -> int:
 def join(backend: str) -> None:
     """`torch.distributed.init_process_group` for the environment of `complete_environment`.
 
-    Where MASTER_ADDR is this machine's loopback address, nothing that is opened here listens on another one: PyTorch's own store
-    would listen on all of them, and let strangers read and set keys. (Under torchrun the store is torchrun's.)
+    Where MASTER_ADDR is this machine's loopback address, nothing that is opened here listens on another one: PyTorch's
+    own store would listen on all of them, and let strangers read and set keys. (Under torchrun the store is
+    torchrun's.)
 
     Args:
         backend: of `torch.distributed`.

@@ -26,7 +26,7 @@ from deepspeed.utils import (
 )
 from torch import nn
 
-from tinymim_fast.config import RunConfig
+from tinymim_fast.batches import BatchPlan
 from tinymim_fast.distributed import World, complete_environment, join, seed_rank
 from tinymim_fast.errors import InputError
 
@@ -46,8 +46,8 @@ def start() -> World:
     else:
         if local_rank >= accelerator.device_count():
             raise InputError(
-                f"local rank {local_rank}, but this node has {accelerator.device_count()} devices; start fewer processes "
-                "(deepspeed --num_gpus, torchrun --nproc-per-node)"
+                f"local rank {local_rank}, but this node has {accelerator.device_count()} devices; start fewer "
+                "processes (deepspeed --num_gpus, torchrun --nproc-per-node)"
             )
         accelerator.set_device(local_rank)
         device = torch.device(accelerator.device_name(local_rank))
@@ -62,58 +62,72 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
-def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
-    """The DeepSpeed configuration that `config` means, with `--deepspeed-config` merged in.
+def deepspeed_config(
+    batches: BatchPlan,
+    *,
+    zero_stage: int,
+    bf16: bool,
+    clip_grad: float = 0.0,
+    deepspeed_config: str | Path | None = None,
+) -> dict[str, Any]:
+    """The DeepSpeed configuration that these settings mean, with a user's file merged in.
+
+    Args:
+        batches: how the global batch is divided.
+        zero_stage: 0, 1 or 2.
+        bf16: bf16 weights with fp32 master weights and fp32 gradient accumulation; at stage 0 bf16 autocast over fp32
+            weights.
+        clip_grad: largest gradient norm; 0 does not clip.
+        deepspeed_config: a DeepSpeed JSON file; may add what is not said here, and may not contradict it.
 
     Raises:
-        InputError: the file is missing or no JSON object, or contradicts `config`; names the key and the flag.
+        InputError: the file is missing or no JSON object, or contradicts a setting; names the key and the setting.
     """
-    micro, accum = config.batch_plan(world_size)
     ours: dict[str, Any] = {
-        "train_batch_size": config.train_batch_size,
-        "train_micro_batch_size_per_gpu": micro,
-        "gradient_accumulation_steps": accum,
-        "gradient_clipping": config.clip_grad,
+        "train_batch_size": batches.global_batch_size,
+        "train_micro_batch_size_per_gpu": batches.micro_batch_size,
+        "gradient_accumulation_steps": batches.accumulation_steps,
+        "gradient_clipping": clip_grad,
         # round_robin_gradients on two ranks: safe_get_full_fp32_param gave other weights' values (DeepSpeed 0.19.8)
-        "zero_optimization": {"stage": config.zero_stage, "round_robin_gradients": False},
-        "bf16": {"enabled": config.bf16},
+        "zero_optimization": {"stage": zero_stage, "round_robin_gradients": False},
+        "bf16": {"enabled": bf16},
         "fp16": {"enabled": False},
         "data_types": {"grad_accum_dtype": "fp32"},
         "steps_per_print": None,
     }
-    if config.bf16 and config.zero_stage == 0:
-        # Without ZeRO, DeepSpeed has no fp32 accumulation for bf16 weights; autocast over fp32 weights is the same thing.
+    if bf16 and zero_stage == 0:
+        # Without ZeRO, DeepSpeed has no fp32 accumulation for bf16 weights; autocast over fp32 weights is the same.
         ours["bf16"] = {"enabled": False}
         ours["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
-    if config.deepspeed_config is None:
+    if deepspeed_config is None:
         return ours
-    path = Path(config.deepspeed_config)
+    path = Path(deepspeed_config)
     try:
-        theirs = json.loads(path.read_text())
+        theirs = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(theirs, dict):
             raise ValueError("not a JSON object")
     except (OSError, ValueError) as error:
-        raise InputError(f"--deepspeed-config {path}: can't be read: {error}") from error
+        raise InputError(f"{path} can't be read: {error}", argument="deepspeed_config") from error
     for section in ("optimizer", "scheduler"):
         if section in theirs:
             raise InputError(
-                f"--deepspeed-config {path}: '{section}' is set by --lr-base, --weight-decay, --warmup-epochs and the like; "
-                "leave it out"
+                f"{path}: '{section}' is set by lr_base, weight_decay, warmup_epochs and the like; leave it out",
+                argument="deepspeed_config",
             )
-    return _merge(ours, theirs, str(path))
+    return _merge(ours, theirs, path)
 
 
-FLAGS = {
-    "train_batch_size": "--train-batch-size",
-    "train_micro_batch_size_per_gpu": "--train-micro-batch-size-per-gpu",
-    "gradient_accumulation_steps": "--gradient-accumulation-steps",
-    "gradient_clipping": "--clip-grad",
-    "zero_optimization.stage": "--zero-stage",
-    "bf16.enabled": "--bf16",
+SETTINGS = {  # what to change instead of DeepSpeed's key
+    "train_batch_size": "train_batch_size",
+    "train_micro_batch_size_per_gpu": "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps": "gradient_accumulation_steps",
+    "gradient_clipping": "clip_grad",
+    "zero_optimization.stage": "zero_stage",
+    "bf16.enabled": "bf16",
 }
 
 
-def _merge(ours: dict[str, Any], theirs: dict[str, Any], path: str, prefix: str = "") -> dict[str, Any]:
+def _merge(ours: dict[str, Any], theirs: dict[str, Any], path: Path, prefix: str = "") -> dict[str, Any]:
     merged = dict(ours)
     for key, value in theirs.items():
         name = prefix + key
@@ -123,9 +137,11 @@ def _merge(ours: dict[str, Any], theirs: dict[str, Any], path: str, prefix: str 
         elif key not in ours or mine is None:
             merged[key] = value
         elif value not in ("auto", mine):
-            flag = FLAGS.get(name)
-            out = f"make {flag} equal or leave it out of the file" if flag else "leave it out of the file"
-            raise InputError(f"--deepspeed-config {path}: {name} is {value!r}, but this run has {mine!r}; {out}")
+            setting = SETTINGS.get(name)
+            out = f"make {setting} equal or leave it out of the file" if setting else "leave it out of the file"
+            raise InputError(
+                f"{path}: {name} is {value!r}, but this run has {mine!r}; {out}", argument="deepspeed_config"
+            )
     return merged
 
 
@@ -140,24 +156,40 @@ def parameter_groups(parameters: Iterable[nn.Parameter], weight_decay: float) ->
 
 
 class Engine:
-    """One module under DeepSpeed.
+    """One module under DeepSpeed and AdamW, with a learning rate by optimizer step.
 
     Args:
         model: fp32, on the CPU; its forward's gradient must reach every parameter that requires one.
-        config: see `RunConfig`.
+        ds_config: DeepSpeed's, see `deepspeed_config`.
         world: from `start`.
         lr_at: learning rate by optimizer step.
+        weight_decay: of AdamW, see `parameter_groups`.
+        opt_betas: AdamW's.
+        seed: of the random numbers of a continuation whose own can't be restored.
+
+    `forward` takes what the model's forward takes; floating-point inputs in `dtype`.
     """
 
-    def __init__(self, model: nn.Module, config: RunConfig, world: World, lr_at: Callable[[int], float]):
+    def __init__(
+        self,
+        model: nn.Module,
+        ds_config: dict[str, Any],
+        world: World,
+        *,
+        lr_at: Callable[[int], float],
+        weight_decay: float = 0.05,
+        opt_betas: tuple[float, float] = (0.9, 0.95),
+        seed: int = 0,
+    ):
+        half = ds_config["bf16"]["enabled"] or ds_config.get("torch_autocast", {}).get("enabled", False)
         self.world = world
-        self.dtype = torch.bfloat16 if config.bf16 else torch.float32
-        self._seed = config.seed
+        self.dtype = torch.bfloat16 if half else torch.float32
+        self._seed = seed
         self._lr_at = lr_at
         self._trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         exact = {name: p.detach().clone() for name, p in self._trained.items()}
-        groups = parameter_groups(model.parameters(), config.weight_decay)
-        self._adamw = torch.optim.AdamW(groups, lr=1.0, betas=config.opt_betas, fused=world.device.type == "cuda")
+        groups = parameter_groups(model.parameters(), weight_decay)
+        self._adamw = torch.optim.AdamW(groups, lr=1.0, betas=opt_betas, fused=world.device.type == "cuda")
         with _quiet():
             self._engine, *_ = deepspeed.initialize(
                 model=model,
@@ -165,7 +197,7 @@ class Engine:
                 optimizer=self._adamw,
                 # lr=1 above: the multiplier is the rate. DeepSpeed steps it once an optimizer step.
                 lr_scheduler=lambda wrapped: torch.optim.lr_scheduler.LambdaLR(wrapped, lr_at),
-                config=deepspeed_config(config, world.world_size),
+                config=ds_config,
             )
         for name, parameter in self._trained.items():
             if parameter.dtype != torch.float32:  # DeepSpeed made the master weights from ones already rounded
@@ -179,6 +211,7 @@ class Engine:
         return self._engine.get_lr()[0]
 
     def backward(self, loss: torch.Tensor) -> None:
+        """Add this micro-batch's gradient, divided by the accumulation steps; ranks are averaged on the way."""
         self._engine.backward(loss)
 
     def step(self) -> None:
@@ -194,7 +227,7 @@ class Engine:
         return state
 
     def optimizer_state(self) -> dict[str, torch.Tensor]:
-        """Both moments of each trained weight, whole and fp32, and every rank's random states, on rank 0's CPU. Collective.
+        """Both moments of each weight, whole and fp32, and every rank's random states, on rank 0's CPU. Collective.
 
         Nothing in it depends on how many ranks there are or how ZeRO divides the optimizer among them.
         """
@@ -213,8 +246,9 @@ class Engine:
     def load(self, folder: Path) -> dict[str, Any]:
         """Take over what `save_state` wrote; returns its `client_state`. Collective.
 
-        The weights are not in it: the model that the engine was made of must hold them. Random states are restored where the
-        number of ranks and the kind of device are those of saving; else they are drawn from (seed, step, rank).
+        The weights are not in it: the model that the engine was made of must hold them. Random states are restored
+        where the number of ranks and the kind of device are those of saving; else they are drawn from (seed, step,
+        rank).
 
         Raises:
             InputError: no such file, or of another model.
@@ -285,7 +319,7 @@ def save_state(folder: Path, state: Mapping[str, torch.Tensor], client_state: Ma
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """DeepSpeed prints memory reports while it sets up, and collects garbage before each, 0.3 s a time: of new objects only."""
+    """DeepSpeed prints memory reports while it sets up, and collects garbage before each, 0.3 s: of new objects only."""
     gc.freeze()
     try:
         with contextlib.redirect_stdout(io.StringIO()):

@@ -1,7 +1,7 @@
 """Whole or not at all: a file or folder has its name only when all of it is on the disk.
 
-It is made under a temporary name beside the target (`tmp_*`, on the same file system), synced, renamed, and the folder that
-holds it is synced, so that neither a kill nor a power cut leaves half of it under its name.
+It is made under a temporary name beside the target (`tmp_*`, on the same file system), synced, renamed, and the folder
+that holds it is synced, so that neither a kill nor a power cut leaves half of it under its name.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def whole_file(path: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def whole_folder(path: str | Path) -> Iterator[Path]:
-    """An empty temporary folder to fill; it becomes `path`, which must not exist or be empty, at the end of the with block.
+    """An empty temporary folder to fill; it becomes `path`, which must be empty or missing, at the end of the with block.
 
     An exception inside leaves nothing behind.
 
@@ -68,6 +68,18 @@ def write_text(path: str | Path, text: str) -> None:
     """
     with whole_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def remove_folder(path: str | Path) -> None:
+    """Remove a folder under a temporary name first, so that a kill leaves nothing half there under its own.
+
+    Raises:
+        OSError: it can't be removed; what is left of it has a temporary name.
+    """
+    path = Path(path)
+    temporary = _beside(path)
+    os.rename(path, temporary)
+    shutil.rmtree(temporary)
 
 
 def remove_unfinished(folder: str | Path) -> None:

@@ -34,7 +34,7 @@ def head_kl(rows_t: torch.Tensor, rows_s: torch.Tensor) -> torch.Tensor:
 
 
 def telling_queries(rows: torch.Tensor, count: int) -> list[int]:
-    """Patches whose rows differ most from the mean row and from one another: farthest points, the first the farthest of all.
+    """Patches whose rows differ most from the mean row and from one another, by farthest points.
 
     Args:
         rows: (N, N), of patches only.
@@ -63,7 +63,8 @@ def draw_relation_maps(
 ) -> None:
     """A PNG with a line for each query patch: the image, then for each relation what each model relates the query to.
 
-    The query is framed. In one line and relation all maps share one colour scale, from 0 to the first model's largest value.
+    The query is framed. In one line and relation all maps share one colour scale, from 0 to the first model's largest
+    value.
 
     Args:
         path: of the picture; appears whole or not at all.
@@ -92,7 +93,8 @@ def draw_relation_maps(
     ]
     for column in panels[0]:
         column[0].imshow(image)
-    panels[0][0, 0].set_title("image, query", fontsize=9)
+    groups[0].suptitle(" ", fontsize=11)  # as high as the relations' titles, so that the lines are level
+    panels[0][0, 0].set_title("image\nand query", fontsize=9)
     grey = np.asarray(image, dtype=np.float64).mean(-1)
     for group, lines, (relation, of_model) in zip(groups[1:], panels[1:], maps.items(), strict=True):
         group.suptitle(relation, fontsize=11)

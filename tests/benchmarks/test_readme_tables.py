@@ -10,7 +10,8 @@ import readme_tables
 
 ROOT = Path(__file__).parent.parent.parent
 EMPTY = "".join(
-    f"# {name}\n<!-- {name}: made by `make readme-tables` -->\n<!-- /{name} -->\n" for name in ("performance", "proof")
+    f"# {name}\n<!-- {name}: made by `make readme-tables` -->\n<!-- /{name} -->\n"
+    for name in ("performance", "proof", "reliability")
 )
 LOSS = {
     "benchmark": "relation_loss",

@@ -16,8 +16,8 @@ from PIL import Image
 
 from support.loaders import copies, eval_loader, train_loader
 from support.programs import PACKAGE, ROOT, distill_flags
-from tinymim_fast import train
-from tinymim_fast.config import DistillConfig, parse
+from support.runs import distil
+from tinymim_fast.config import parse
 from tinymim_fast.data import (
     DataError,
     ImageIndex,
@@ -32,7 +32,8 @@ from tinymim_fast.data.views import IMAGENET_STD
 from tinymim_fast.distributed import free_port
 from tinymim_fast.errors import EXIT_INPUT, InputError
 from tinymim_fast.models.checkpoints import latest_checkpoint
-from tinymim_fast.training import loop as training
+from tinymim_fast.tasks.distill import DistillConfig
+from tinymim_fast.training import resume
 from tinymim_fast.training.metrics import read_metrics
 
 DAMAGED = {
@@ -216,13 +217,13 @@ def test_a_continued_run_keeps_its_list(damageable_index, tmp_path):
     root, output_dir = damageable_index.root, tmp_path / "run"
     config = parse(DistillConfig, distill_flags(root, "none", output_dir, max_bad_files=0.05), "train.py")
     output_dir.mkdir()
-    damageable_index.save(output_dir / training.INDEX)
+    damageable_index.save(output_dir / resume.INDEX)
     file = damageable_index.file(7)
     content = Path(file).read_bytes()
     os.truncate(file, 500)
-    now = training._find_images(config, resumed=True)
+    now = resume.find_run_images(config, resumed=True)
     assert now.paths == damageable_index.paths and now.damaged == {}, "found when it is read"
-    assert len(training._find_images(config, resumed=False)) == 47
+    assert len(resume.find_run_images(config, resumed=False)) == 47
     bad_files = BadFiles(now)
     bad_files.recheck(now.paths[6:9])
     assert bad_files.reasons.keys() == {7}
@@ -231,11 +232,11 @@ def test_a_continued_run_keeps_its_list(damageable_index, tmp_path):
     bad_files.recheck(now.paths[6:9])
     assert bad_files.reasons == {}, "repaired"
     assert pack.main([str(root), str(tmp_path / "packed"), "--workers=1"]) == 0
-    shards = training._find_images(dataclasses.replace(config, data_path=str(tmp_path / "packed")), resumed=True)
+    shards = resume.find_run_images(dataclasses.replace(config, data_path=str(tmp_path / "packed")), resumed=True)
     assert shards.paths == now.paths and shards.shards
     os.remove(file)
     with pytest.raises(InputError, match="holds 47 images, not the 48 that this run began with"):
-        training._find_images(config, resumed=True)
+        resume.find_run_images(config, resumed=True)
 
 
 def run_two_ranks(*flags):
@@ -266,9 +267,9 @@ def test_a_run_replaces_and_names_damaged_files_until_they_are_too_many(world, o
         return [(name, reason.partition(" (")[0]) for name, reason in bad]
 
     with pytest.raises(
-        InputError, match=r"max_bad_files: got 0\.001, and 4 of 57 images in .*disc/empty\.jpg \(empty\)"
+        InputError, match=r"--max-bad-files: got 0\.001, and 4 of 57 images in .*disc/empty\.jpg \(empty\)"
     ):
-        training.train(parse(DistillConfig, flags(), "train.py"), world, train.build_task)
+        distil(world, *flags())
     assert not (tmp_path / "run").exists()
 
     codes, outputs = run_two_ranks(*flags(max_bad_files=0.08, loader="dali"))  # 4.56 files

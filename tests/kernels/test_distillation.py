@@ -9,10 +9,7 @@ from tinymim_fast.kernels import tiles, triton_backend
 
 @pytest.mark.skipif(not triton_backend.INTERPRETED, reason="needs TRITON_INTERPRET=1, which is for CPUs")
 def test_a_run_on_triton_is_a_run_on_chunked(world, image_folder, teacher_file, tmp_path, monkeypatch):
-    from tinymim_fast import train
-    from tinymim_fast.config import DistillConfig, parse
-    from tinymim_fast.training import loop as training
-    from tinymim_fast.training.metrics import read_metrics
+    from support.runs import distil, losses
 
     # As fp16 and bf16 get it on a GPU; the interpreter takes it for fp32 too.
     tile = tiles.SinglePassTile(block_queries=16, num_warps=1)
@@ -28,7 +25,7 @@ def test_a_run_on_triton_is_a_run_on_chunked(world, image_folder, teacher_file, 
             epochs=1,
             warmup_epochs=0,
         )
-        training.train(parse(DistillConfig, flags, "train.py"), world, train.build_task)
-        curves[backend] = [[step[part] for part in ("loss", "qk", "vv")] for step in read_metrics(tmp_path / backend)]
-    assert len(curves["triton"]) == 6
+        distil(world, *flags)
+        curves[backend] = [losses(tmp_path / backend, part) for part in ("loss", "qk", "vv")]
+    assert len(curves["triton"][0]) == 6
     np.testing.assert_allclose(curves["triton"], curves["chunked"], rtol=1e-4)

@@ -1,10 +1,12 @@
 """A Python that has imported what the programs import, and forks a process for each run that is asked of it.
 
-A run spends about 5 s on imports (torch, timm, DeepSpeed, what `deepspeed.initialize` imports) before its own first line.
-Forked, it is at its first step after about half a second; from `main(argv)` on, everything is what a user's run does.
-The processes: tests -> this server -> one keeper a run, which stands where a launcher stands (parent of the run) -> the run.
+A run spends about 5 s on imports (torch, timm, DeepSpeed, what `deepspeed.initialize` imports) before its own first
+line. Forked, it is at its first step after about half a second; from `main(argv)` on, everything is what a user's run
+does. The processes: tests -> this server -> one keeper a run, which stands where a launcher stands (parent of the run)
+-> the run.
 
-Run as `python fork_server.py FD`, FD a socket on which `Server` of this file sends requests; it ends when the socket closes.
+Run as `python fork_server.py FD`, FD a socket on which `Server` of this file sends requests; it ends when the socket
+closes.
 """
 
 from __future__ import annotations
@@ -64,7 +66,7 @@ class Forked:
         return self.returncode
 
     def wait_for(self, text: str, timeout: float = 60) -> None:
-        """Until the output holds `text`; an error with all of the output where it ends without, or after `timeout` seconds."""
+        """Until the output holds `text`; an error where it ends without, or after `timeout` seconds."""
         deadline = time.monotonic() + timeout
         while text not in self.output:
             assert self._read_some(deadline), f"never said {text!r}:\n{self.output}"

@@ -2,13 +2,15 @@
 
 Three ways to have a run, the cheapest that shows the thing (seconds of a run of 18 steps, two cores):
 
-- in this process, the fixture `world` and `training.train(config, world, build_task)`: 0.6 s. For what is trained and saved.
-- `start_forked("train", *flags)` or `run_forked(...)`: 1.2 s. A process of its own in a session of its own, for signals, kills,
-  hangs, exit codes and output: forked from a Python that has imported everything already (see fork_server.py). From `main(argv)`
-  on it is what a user's run is; its parent, `run.launcher_pid`, stands where a launcher stands. `start_ranks` gives
-  several ranks with the environment that launchers set. `run.wait_for("step 3/")` reads its output up to there.
-- `start_training(sys.executable, PACKAGE / "train.py", *flags)` or `run_training(...)`: 6 s. As users type it. For launchers,
-  import, and whatever happens before `main`.
+- in this process, the fixture `world` and `support.runs.distil(world, *flags)`: 0.6 s. For what is trained and
+  saved.
+- `start_forked("train", *flags)` or `run_forked(...)`: 1.2 s. A process of its own in a session of its own, for
+  signals, kills, hangs, exit codes and output: forked from a Python that has imported everything already (see
+  fork_server.py). From `main(argv)` on it is what a user's run is; its parent, `run.launcher_pid`, stands where a
+  launcher stands. `start_ranks` gives several ranks with the environment that launchers set. `run.wait_for("step 3/")`
+  reads its output up to there.
+- `start_training(sys.executable, PACKAGE / "train.py", *flags)` or `run_training(...)`: 6 s. As users type it. For
+  launchers, import, and whatever happens before `main`.
 
 Run processes end with the test that started them: `run_*` see to it, and for `start_*` a `finally: run.kill()`.
 """

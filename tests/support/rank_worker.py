@@ -4,22 +4,26 @@ rank_worker.py train RECORDS STOP_AT FLAGS...     trains to step STOP_AT, saves 
 rank_worker.py evaluate FEATURES ARGUMENTS...     evaluates, and keeps the features
 """
 
+import contextlib
 import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from tinymim_fast import engine, evaluate, train
-from tinymim_fast.config import DistillConfig, parse
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).parent.parent)  # as tests have it
+
+from support.runs import Stopped, distil, last_step, stopping, with_prepare
+from tinymim_fast import engine, evaluate
+from tinymim_fast.config import parse
 from tinymim_fast.distributed import World
-from tinymim_fast.errors import Terminated
-from tinymim_fast.training import loop as training
+from tinymim_fast.tasks import distill
 
 FIRST_GREY, GREY_STEP = 20, 9  # of `numbered_images`, in units of 0..255
 
 
-def numbers_seen(view: torch.Tensor, config: DistillConfig) -> list[int]:
+def numbers_seen(view: torch.Tensor, config: distill.DistillConfig) -> list[int]:
     """Which of the `numbered_images` a batch holds, by their mean grey."""
     std, mean = (torch.tensor(values).view(3, 1, 1) for values in (config.std, config.mean))
     grey = ((view.float() * std + mean) * 255).mean((1, 2, 3))
@@ -29,35 +33,27 @@ def numbers_seen(view: torch.Tensor, config: DistillConfig) -> list[int]:
 
 
 def train_and_record(world: World, records: Path | None, stop_at: int, flags: list[str]) -> None:
-    """A run that adds the numbers of the images it trains on to `records`, a line for each forward pass, and stops."""
-    config = parse(DistillConfig, flags, "train.py")
+    """A run that saves at `stop_at` and stops there; `records` gets the numbers of the images of each forward pass."""
+    config = parse(distill.DistillConfig, flags, "train.py")
 
-    def build_task(*args):
-        task = train.build_task(*args)
-        if records is None:
-            return task
-        prepare = task.prepare
-
+    def recording(prepare):
         def prepare_and_record(views):
             with open(records / f"from_{world.world_size}_ranks_{world.rank}.txt", "a") as file:
                 file.write(" ".join(map(str, numbers_seen(views[0], config))) + "\n")
             return prepare(views)
 
-        object.__setattr__(task, "prepare", prepare_and_record)
-        return task
+        return prepare_and_record
 
-    save = training.Run._save
-
-    def save_and_stop(run):
-        save(run)
-        if run.step == stop_at:
-            raise Terminated(f"stopped at {stop_at}")
-
-    with patched(training.Run, _save_due=lambda run: run.step == stop_at, _save=save_and_stop):
-        try:
-            training.train(config, world, build_task)
-        except Terminated:
-            return
+    build_task = with_prepare(distill.build_task, recording) if records else distill.build_task
+    num_steps = stop_at - last_step(Path(config.output_dir))
+    num_micro_batches = num_steps * config.batch_plan(world.world_size).accumulation_steps
+    with contextlib.suppress(Stopped):
+        distil(
+            world,
+            *flags,
+            f"--checkpoint-interval={stop_at}",
+            build_task=stopping(build_task, num_micro_batches),
+        )
 
 
 class patched:

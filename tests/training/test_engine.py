@@ -5,30 +5,40 @@ import torch
 
 pytest.importorskip("deepspeed")
 
-from tinymim_fast.config import RunConfig
+from tinymim_fast.batches import BatchPlan
 from tinymim_fast.engine import MOMENTS, Engine, deepspeed_config, parameter_groups, save_state
 from tinymim_fast.errors import InputError
 
+BATCHES = BatchPlan(micro_batch_size=8, accumulation_steps=2, world_size=4)
 
-def config(tmp_path=None, content=None, **kwargs):
-    path = None
-    if content is not None:
-        path = tmp_path / "ds.json"
-        path.write_text(content if isinstance(content, str) else json.dumps(content))
-    return RunConfig(data_path="d", output_dir="o", train_batch_size=64, deepspeed_config=path and str(path), **kwargs)
+
+def settings(**changes):
+    return {"zero_stage": 1, "bf16": True, **changes}
+
+
+def users_file(tmp_path, content):
+    path = tmp_path / "ds.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return path
+
+
+def make_engine(model, world, **changes):
+    ds_config = deepspeed_config(BatchPlan(micro_batch_size=64), **settings(**changes))
+    return Engine(model, ds_config, world, lr_at=lr_at, weight_decay=0.1)
 
 
 def test_own_configuration():
-    ours = deepspeed_config(config(zero_stage=2, clip_grad=1.0, gradient_accumulation_steps=2), world_size=4)
+    ours = deepspeed_config(BATCHES, **settings(zero_stage=2, clip_grad=1.0))
     assert ours["zero_optimization"] == {"stage": 2, "round_robin_gradients": False} and ours["bf16"] == {
         "enabled": True
     }
     assert ours["train_micro_batch_size_per_gpu"] == 8 and ours["gradient_clipping"] == 1.0
+    assert ours["gradient_accumulation_steps"] == 2 and ours["train_batch_size"] == 64
     assert ours["data_types"] == {"grad_accum_dtype": "fp32"}
 
 
 def test_stage_0_is_autocast_over_fp32_weights():
-    ours = deepspeed_config(config(zero_stage=0), world_size=1)
+    ours = deepspeed_config(BATCHES, **settings(zero_stage=0))
     assert ours["bf16"] == {"enabled": False} and ours["torch_autocast"]["dtype"] == "bfloat16"
 
 
@@ -38,7 +48,7 @@ def test_a_users_file_is_merged(tmp_path):
         "train_batch_size": "auto",
         "comms_logger": {"enabled": True},
     }
-    merged = deepspeed_config(config(tmp_path, theirs), world_size=2)
+    merged = deepspeed_config(BATCHES, **settings(), deepspeed_config=users_file(tmp_path, theirs))
     assert merged["zero_optimization"] == {**theirs["zero_optimization"], "round_robin_gradients": False}
     assert merged["train_batch_size"] == 64 and merged["comms_logger"] == {"enabled": True}
     assert merged["bf16"] == {"enabled": True}
@@ -49,12 +59,12 @@ def test_a_users_file_is_merged(tmp_path):
     [
         (
             {"zero_optimization": {"stage": 2}},
-            "zero_optimization.stage is 2, but this run has 1; make --zero-stage equal",
+            "zero_optimization.stage is 2, but this run has 1; make zero_stage equal",
         ),
-        ({"train_batch_size": 32}, "train_batch_size is 32, but this run has 64; make --train-batch-size equal"),
-        ({"bf16": {"enabled": False}}, "bf16.enabled is False, but this run has True; make --bf16 equal"),
+        ({"train_batch_size": 32}, "train_batch_size is 32, but this run has 64; make train_batch_size equal"),
+        ({"bf16": {"enabled": False}}, "bf16.enabled is False, but this run has True; make bf16 equal"),
         ({"fp16": {"enabled": True}}, "fp16.enabled is True, but this run has False; leave it out"),
-        ({"gradient_clipping": 1.0}, "make --clip-grad equal"),
+        ({"gradient_clipping": 1.0}, "make clip_grad equal"),
         ({"zero_optimization": 2}, "zero_optimization is 2"),
         (
             {"zero_optimization": {"round_robin_gradients": True}},
@@ -68,7 +78,7 @@ def test_a_users_file_is_merged(tmp_path):
 )
 def test_contradictions_name_the_key_and_the_flag(tmp_path, theirs, message):
     with pytest.raises(InputError, match=message):
-        deepspeed_config(config(tmp_path, theirs), world_size=1)
+        deepspeed_config(BATCHES, **settings(), deepspeed_config=users_file(tmp_path, theirs))
 
 
 def test_no_decay_on_one_dimensional_parameters():
@@ -79,16 +89,6 @@ def test_no_decay_on_one_dimensional_parameters():
     assert decay["params"] == [model[0].weight] and decay["weight_decay"] == 0.05
     assert {id(p) for p in none["params"]} == {id(p) for p in (model[0].bias, model[1].weight, model[1].bias)}
     assert none["weight_decay"] == 0.0
-
-
-def test_world_of_one(world):
-    assert (world.rank, world.world_size, world.is_main) == (0, 1, True)
-    assert world.broadcast(lambda: 3) == 3 and world.gather("x") == ["x"]
-    with pytest.raises(KeyError, match="gone"):
-        world.broadcast(lambda: {}["gone"])
-    work, answer = world.start_max(2)
-    work.wait()
-    assert int(answer) == 2
 
 
 def network(width=5):
@@ -110,8 +110,8 @@ def train_steps(engine, steps):
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_state_is_that_of_adamw_and_goes_on_in_any_stage(world, tmp_path, stage):
     """Against PyTorch's AdamW without DeepSpeed, with another ZeRO stage after two of four steps."""
-    plain, settings = network(), config(bf16=False, weight_decay=0.1)
-    adamw = torch.optim.AdamW(parameter_groups(plain.parameters(), 0.1), lr=0, betas=settings.opt_betas)
+    plain = network()
+    adamw = torch.optim.AdamW(parameter_groups(plain.parameters(), 0.1), lr=0, betas=(0.9, 0.95))
     for step in range(4):
         for group in adamw.param_groups:
             group["lr"] = lr_at(step)
@@ -119,12 +119,12 @@ def test_state_is_that_of_adamw_and_goes_on_in_any_stage(world, tmp_path, stage)
         adamw.step()
         adamw.zero_grad()
 
-    first = Engine(network(), config(bf16=False, weight_decay=0.1, zero_stage=stage), world, lr_at)
+    first = make_engine(network(), world, bf16=False, zero_stage=stage)
     train_steps(first, range(2))
     save_state(tmp_path, first.optimizer_state(), {"step": 2, "note": "ä"})
     model = network()
     model.load_state_dict(first.trained_state())
-    second = Engine(model, config(bf16=False, weight_decay=0.1, zero_stage=(stage + 1) % 3), world, lr_at)
+    second = make_engine(model, world, bf16=False, zero_stage=(stage + 1) % 3)
     assert second.load(tmp_path) == {"step": 2, "note": "ä"} and second.lr == lr_at(2)
     train_steps(second, range(2, 4))
     state = second.optimizer_state()
@@ -136,16 +136,16 @@ def test_state_is_that_of_adamw_and_goes_on_in_any_stage(world, tmp_path, stage)
 
 def test_master_weights_are_not_rounded(world):
     """bf16 weights are; what a checkpoint holds before any step is what the model was made with."""
-    engine, exact = Engine(network(), config(), world, lr_at), network().state_dict()
+    engine, exact = make_engine(network(), world), network().state_dict()
     state = engine.trained_state()
     assert state.keys() == exact.keys() and all(torch.equal(state[name], exact[name]) for name in exact)
     assert not torch.equal(exact["0.weight"], exact["0.weight"].bfloat16().float())
 
 
 def test_state_of_another_model_is_refused(world, tmp_path):
-    engine = Engine(network(), config(bf16=False), world, lr_at)
+    engine = make_engine(network(), world, bf16=False)
     with pytest.raises(InputError, match=r"optimizer\.safetensors: can't be continued from: No such file"):
         engine.load(tmp_path)
-    save_state(tmp_path, Engine(network(width=6), config(bf16=False), world, lr_at).optimizer_state(), {"step": 1})
+    save_state(tmp_path, make_engine(network(width=6), world, bf16=False).optimizer_state(), {"step": 1})
     with pytest.raises(InputError, match=r"exp_avg\.0\.weight is \(6, 4\), want \(5, 4\)"):
         engine.load(tmp_path)

@@ -11,6 +11,7 @@ from support.programs import distill_flags, run_forked, start_forked, start_rank
 from tinymim_fast.distributed import free_port
 from tinymim_fast.errors import EXIT_INPUT
 
+RENDEZVOUS = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
 LISTENING = "0A"  # a socket's state in /proc/net/tcp
 LOOPBACK = {"0100007F", "00000000000000000000000001000000"}
 
@@ -58,11 +59,11 @@ def test_one_process_a_machine_needs_no_local_rank(image_folder, teacher_file, t
     ("environment", "message"),
     [
         ({"RANK": "0"}, "RANK is set, but not WORLD_SIZE, MASTER_ADDR, MASTER_PORT; start with deepspeed or torchrun"),
-        ({"RANK": "0", "WORLD_SIZE": "two", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}, "variable WORLD_SIZE: got 'two'"),
-        ({"RANK": "2", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}, "variable RANK: got 2, want less"),
+        ({"RANK": "0", "WORLD_SIZE": "two", **RENDEZVOUS}, "variable WORLD_SIZE: got 'two'"),
+        ({"RANK": "2", "WORLD_SIZE": "2", **RENDEZVOUS}, "variable RANK: got 2, want less"),
     ],
     ids=["missing", "no number", "too large"],
-)  # fmt: skip
+)
 def test_a_broken_launch_is_one_line_and_writes_nothing(image_folder, teacher_file, tmp_path, environment, message):
     code, output = run_forked("train", *distill_flags(image_folder, teacher_file, tmp_path / "run"), **environment)
     assert code == EXIT_INPUT, output

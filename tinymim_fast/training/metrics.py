@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
+
+from tinymim_fast.data.errors import name_some
+from tinymim_fast.files import whole_file, write_text
 
 logger = logging.getLogger("tinymim_fast")
 METRICS = "metrics.jsonl"
@@ -29,10 +32,13 @@ class Recorder:
     def __init__(self, output_dir: Path, *, total_steps: int, start_step: int, tensorboard: bool, enabled: bool):
         self._enabled = enabled
         self._writer = None
+        self._named: set[str] = set()
         if not enabled:
             return
         self._path = output_dir / METRICS
         _drop_after(self._path, start_step)
+        # what the records, cut to the checkpoint by now, name already
+        self._named = {path for record in read_metrics(output_dir) for path in record.get("bad_files", ())}
         self._file = open(self._path, "a", buffering=1)  # noqa: SIM115
         self._total = total_steps
         self._bar = tqdm(
@@ -52,6 +58,19 @@ class Recorder:
         if self._enabled:
             self._bar.update()
 
+    def new_bad_files(self, bad_files: Mapping[str, str]) -> dict[str, Any]:
+        """What a record says of bad files: how many, and those that no record has named; said in the log too.
+
+        Args:
+            bad_files: all that are known by now, reason by name.
+        """
+        new = {path: reason for path, reason in bad_files.items() if path not in self._named}
+        if not new or not self._enabled:
+            return {}
+        self._named |= new.keys()
+        logger.warning("can't be decoded, replaced by others: %s", name_some(f"{p} ({r})" for p, r in new.items()))
+        return {"num_bad_files": len(bad_files), "bad_files": new}
+
     def write(self, record: dict[str, Any]) -> None:
         """One line of metrics; `record` has "step", numbers, and what only the file keeps."""
         if not self._enabled:
@@ -67,6 +86,7 @@ class Recorder:
                 self._writer.add_scalar(key, value, record["step"])
 
     def close(self) -> None:
+        """The files are whole after it."""
         if self._enabled:
             self._bar.close()
             self._file.close()
@@ -76,8 +96,9 @@ class Recorder:
 
 def read_metrics(output_dir: Path) -> list[dict[str, Any]]:
     """The records of a run; a line that was cut off in writing is left out."""
+    path = output_dir / METRICS
     records = []
-    for line in (output_dir / METRICS).read_text().splitlines():
+    for line in path.read_text().splitlines() if path.exists() else ():
         try:
             records.append(json.loads(line))
         except ValueError:
@@ -86,12 +107,9 @@ def read_metrics(output_dir: Path) -> list[dict[str, Any]]:
 
 
 def _drop_after(path: Path, step: int) -> None:
-    if not path.exists():
-        return
-    kept = [r for r in read_metrics(path.parent) if r["step"] <= step]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(r) + "\n" for r in kept))
-    os.replace(temporary, path)
+    if path.exists():
+        kept = [record for record in read_metrics(path.parent) if record["step"] <= step]
+        write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
 
 
 def plot_curves(output_dir: Path, parts: tuple[str, ...]) -> Path:
@@ -124,6 +142,6 @@ def plot_curves(output_dir: Path, parts: tuple[str, ...]) -> Path:
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     path = output_dir / "curves.png"
-    figure.savefig(path.with_suffix(".tmp.png"), dpi=120)
-    os.replace(path.with_suffix(".tmp.png"), path)
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, dpi=120)
     return path

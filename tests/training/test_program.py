@@ -1,0 +1,46 @@
+"""Programs: one line and an exit code for what went wrong, and no wait for torch where none is needed."""
+
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("deepspeed")
+
+from support.programs import PACKAGE, ROOT, distill_flags, run_forked, run_training
+from tinymim_fast.errors import EXIT_INPUT, EXIT_NON_FINITE
+from tinymim_fast.models.checkpoints import latest_checkpoint
+
+
+def test_non_finite_loss_names_step_rank_and_last_good_checkpoint(image_folder, teacher_file, tmp_path):
+    flags = distill_flags(
+        image_folder, teacher_file, tmp_path / "run", lr=1e30, warmup_epochs=0, checkpoint_interval=1, bf16="false"
+    )
+    code, output = run_forked("train", *flags)
+    assert code == EXIT_NON_FINITE, output
+    last = [line for line in output.splitlines() if "last good checkpoint" in line]
+    assert len(last) == 1 and "at step 2 on rank 0" in last[0] and "step_00000001" in last[0], output
+    assert latest_checkpoint(tmp_path / "run").name == "step_00000001"
+
+
+def test_bad_input_is_one_line_and_an_exit_code(image_folder, teacher_file, tmp_path):
+    flags = distill_flags(image_folder, teacher_file, tmp_path / "run", target_block=9)
+    code, output = run_training(sys.executable, PACKAGE / "train.py", *flags)
+    assert code == EXIT_INPUT and "Traceback" not in output
+    assert output.splitlines()[-1].startswith("train.py: --target-block: got 9")
+    code, output = run_forked("pretrain", "--nonsense=1")
+    assert code == EXIT_INPUT and output.splitlines()[-1].startswith("pretrain.py: ") and "nonsense" in output
+
+
+@pytest.mark.parametrize("program", ["train.py", "pretrain.py"])
+def test_help_waits_for_neither_torch_nor_deepspeed(program):
+    watch = f"""
+import atexit, runpy, sys
+heavy = ("torch", "deepspeed", "timm", "numpy")
+atexit.register(lambda: print("loaded:", [name for name in heavy if name in sys.modules]))
+sys.argv = [{program!r}, "--help"]
+runpy.run_path({str(PACKAGE / program)!r}, run_name="__main__")
+"""
+    done = subprocess.run([sys.executable, "-c", watch], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert "--train_batch_size" in done.stdout and "loaded: []" in done.stdout, done.stdout

@@ -1,0 +1,164 @@
+"""Distillation: a frozen teacher's token relations, reproduced by a student."""
+
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from tinymim_fast.config import RunConfig, to_dict
+from tinymim_fast.errors import InputError, flags
+
+if TYPE_CHECKING:
+    from tinymim_fast.distributed import World
+    from tinymim_fast.models.taps import Taps
+    from tinymim_fast.training.task import Task, Views
+
+logger = logging.getLogger("tinymim_fast")
+PREFIX = "student.model."  # of the student's weights under the engine
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillConfig(RunConfig):
+    """A distillation run: a frozen teacher's token relations, reproduced by a student.
+
+    Args:
+        teacher_checkpoint: an official MAE or TinyMIM `.pth`, a checkpoint or export of this package (folder or
+            file), or `timm:NAME` for timm's own weights.
+        student_model: timm name of a VisionTransformer.
+        student_model_kwargs: passed to `timm.create_model`, e.g. `{"reg_tokens": 4}`.
+        student_pos_embed: "sincos", fixed as in MAE, or "learn".
+        teacher_model: timm name of the teacher; read from the checkpoint where that says it.
+        teacher_model_kwargs: passed to `timm.create_model`.
+        target_block: the teacher's block, 1-based; default 18 for 24 blocks (ViT-L), else the last.
+        relation_heads: heads of the relations; must divide both widths; default the teacher's.
+        relations: any of qk, vv, qq, kk.
+        relation_weights: one weight a relation; default 1 each.
+        drop_path: the student's, the same in every block before the last.
+        color_jitter: strength of brightness, contrast and saturation jitter of the student's view.
+        loss_backend: "auto", "triton", "chunked" or "reference".
+    """
+
+    FREE_ON_RESUME: ClassVar[frozenset[str]] = RunConfig.FREE_ON_RESUME | {"loss_backend"}
+
+    teacher_checkpoint: str
+    student_model: str = "vit_base_patch16_224"
+    student_model_kwargs: dict[str, Any] = field(default_factory=dict)
+    student_pos_embed: Literal["sincos", "learn"] = "sincos"
+    teacher_model: str | None = None
+    teacher_model_kwargs: dict[str, Any] = field(default_factory=dict)
+    target_block: int | None = None
+    relation_heads: int | None = None
+    relations: tuple[Literal["qk", "vv", "qq", "kk"], ...] = ("qk", "vv")
+    relation_weights: tuple[float, ...] | None = None
+    drop_path: float = 0.1
+    color_jitter: float = 0.4
+    loss_backend: Literal["auto", "triton", "chunked", "reference"] = "auto"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check("relations", 0 < len(self.relations) == len(set(self.relations)), "one or more, none twice")
+        weights = self.relation_weights
+        self._check(
+            "relation_weights",
+            weights is None or (len(weights) == len(self.relations) and min(weights) >= 0 < max(weights)),
+            f"{len(self.relations)} weights, one for each of {', '.join(self.relations)}, 0 or more and not all 0",
+        )
+        self._check("relation_heads", self.relation_heads is None or self.relation_heads > 0, "more than 0")
+        self._check("target_block", self.target_block is None or self.target_block > 0, "1 or more")
+        self._check("drop_path", 0 <= self.drop_path < 1, "a probability below 1")
+        self._check("color_jitter", 0 <= self.color_jitter <= 1, "0 to 1")
+
+
+def build_teacher(config: DistillConfig) -> "tuple[Taps, int, int]":
+    """The teacher up to its target block, that block's number, and the heads of its relations.
+
+    Raises:
+        InputError: no such checkpoint, or no such block.
+    """
+    from tinymim_fast.models.checkpoints import load_encoder
+    from tinymim_fast.models.taps import Place, Taps
+    from tinymim_fast.models.vit import default_target_block
+
+    names = {"source": "checkpoint", "model": "model", "model_kwargs": "model_kwargs"}
+    with flags(**{name: f"teacher_{field}" for name, field in names.items()}, block="target_block"):
+        vit, info = load_encoder(
+            config.teacher_checkpoint,
+            model=config.teacher_model,
+            model_kwargs=config.teacher_model_kwargs,
+            img_size=config.img_size,
+        )
+        block = config.target_block or default_target_block(len(vit.blocks))
+        teacher = Taps(vit, [Place("qkv", block)])
+    # A student of this package reproduced relations of so many heads in its last block; as a teacher it offers those.
+    heads = config.relation_heads or info.head_layout.get("relation_heads") or vit.blocks[block - 1].attn.num_heads
+    logger.info("teacher: %s, block %d, %d relation heads", info.architecture, block, heads)
+    return teacher, block, heads
+
+
+def build_task(config: DistillConfig, world: "World", checkpoint: Path | None) -> "Task":
+    """Student, teacher and relation loss.
+
+    Args:
+        config: of the run.
+        world: this process; the teacher goes to its device.
+        checkpoint: to take the student's weights from; None for fresh ones, from torch's random numbers.
+
+    Raises:
+        InputError: a model or checkpoint that can't be used, or models that don't fit each other.
+    """
+    import torch
+
+    from tinymim_fast.models.checkpoints import ModelInfo, load_state, read_weights
+    from tinymim_fast.models.taps import Place, Taps
+    from tinymim_fast.models.vit import create_vit, freeze, head_layout, init_mae_style, set_constant_drop_path
+    from tinymim_fast.targets.relations import RelationDistiller
+    from tinymim_fast.training.task import Task, train_view
+
+    names = {"model": "student_model", "model_kwargs": "student_model_kwargs", "pos_embed": "student_pos_embed"}
+    with flags(**names, source="output_dir"):
+        student = create_vit(config.student_model, img_size=config.img_size, **config.student_model_kwargs)
+        init_mae_style(student, pos_embed=config.student_pos_embed)
+        set_constant_drop_path(student, config.drop_path)
+        if checkpoint is not None:
+            load_state(student, read_weights(checkpoint)[0], source=str(checkpoint), name=config.student_model)
+    layout = head_layout(student)
+    initial = {name: tensor.detach().clone() for name, tensor in student.state_dict().items()}
+
+    teacher, block, heads = build_teacher(config)
+    taps = Taps(student, [Place("qkv", len(student.blocks))])
+    distiller = RelationDistiller(
+        taps,
+        teacher,
+        relation_heads=heads,
+        relations=config.relations,
+        weights=config.relation_weights,
+        backend=config.loss_backend,
+    )
+    dtype = torch.bfloat16 if config.bf16 else torch.float32
+    freeze(teacher, dtype, world.device)
+    try:  # on one token: a backend that can't run here says so now, not after the set-up
+        widths = [*taps.widths.values(), *teacher.widths.values()]
+        distiller.loss(*(torch.zeros(1, 1, width, dtype=dtype, device=world.device) for width in widths))
+    except ValueError as error:
+        raise InputError(f"got {config.loss_backend}: {error}", argument="loss_backend") from error
+
+    def prepare(views: "Views") -> "Views":
+        teacher_view, student_view = views
+        (qkv_t,) = teacher(teacher_view).values()
+        return student_view, qkv_t
+
+    return Task(
+        model=distiller,
+        prepare=prepare,
+        parts=("loss", *config.relations),
+        view=train_view(config, world, color_jitter=config.color_jitter),
+        # What the loss can't reach is not in the engine: it keeps its initial fp32 values, whatever ZeRO and AdamW do.
+        weights=lambda trained: {**initial, **{name.removeprefix(PREFIX): t for name, t in trained.items()}},
+        info=ModelInfo(
+            architecture=config.student_model,
+            model_kwargs={**config.student_model_kwargs, "img_size": config.img_size},
+            kind="tinymim",
+            head_layout={**layout, "relation_heads": heads, "teacher_block": block},
+            recipe=to_dict(config),
+        ),
+    )

@@ -1,0 +1,104 @@
+"""Masked-autoencoder pre-training: a teacher for data that has none."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tinymim_fast.config import RunConfig, to_dict
+
+if TYPE_CHECKING:
+    import torch
+
+    from tinymim_fast.distributed import World
+    from tinymim_fast.training.task import Task
+
+PREFIX = "encoder."  # of the encoder's weights under the engine
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig(RunConfig):
+    """A masked-autoencoder pre-training run (He et al., CVPR 2022, arXiv 2111.06377).
+
+    Args:
+        model: timm name of the encoder, a VisionTransformer with a class token.
+        model_kwargs: passed to `timm.create_model`.
+        mask_ratio: share of the patches that the encoder does not see.
+        decoder_embed_dim: width of the decoder.
+        decoder_depth: blocks of the decoder.
+        decoder_num_heads: attention heads of the decoder.
+        norm_pix_loss: normalise each patch's pixels before comparing.
+    """
+
+    model: str = "vit_base_patch16_224"
+    model_kwargs: dict[str, Any] = field(default_factory=dict)
+    mask_ratio: float = 0.75
+    decoder_embed_dim: int = 512
+    decoder_depth: int = 8
+    decoder_num_heads: int = 16
+    norm_pix_loss: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check("mask_ratio", 0 < self.mask_ratio < 1, "a share between 0 and 1")
+        self._check("decoder_depth", self.decoder_depth > 0, "more than 0")
+        self._check("decoder_num_heads", self.decoder_num_heads > 0, "more than 0")
+        self._check(
+            "decoder_embed_dim",
+            self.decoder_embed_dim > 0 and self.decoder_embed_dim % (4 * self.decoder_num_heads) == 0,
+            f"a multiple of 4 x decoder_num_heads ({4 * self.decoder_num_heads})",
+        )
+
+
+def build_task(config: PretrainConfig, world: "World", checkpoint: Path | None) -> "Task":
+    """A masked autoencoder.
+
+    Args:
+        config: of the run.
+        world: this process.
+        checkpoint: to take the weights from; None for fresh ones, from torch's random numbers.
+
+    Raises:
+        InputError: a model or checkpoint that can't be used.
+    """
+    from tinymim_fast.models.checkpoints import ModelInfo, read_weights
+    from tinymim_fast.models.mae import MaskedAutoencoder
+    from tinymim_fast.models.vit import create_vit, head_layout
+    from tinymim_fast.training.task import Task, train_view
+
+    encoder = create_vit(config.model, img_size=config.img_size, **config.model_kwargs)
+    layout = head_layout(encoder)
+    model = MaskedAutoencoder(
+        encoder,
+        mask_ratio=config.mask_ratio,
+        decoder_embed_dim=config.decoder_embed_dim,
+        decoder_depth=config.decoder_depth,
+        decoder_num_heads=config.decoder_num_heads,
+        norm_pix_loss=config.norm_pix_loss,
+    )
+    if checkpoint is not None:
+        saved, _ = read_weights(checkpoint)
+        model.load_state_dict({_engine_name(name): tensor for name, tensor in saved.items()})
+    initial = {name.removeprefix(PREFIX): tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+    def weights(trained: "dict[str, torch.Tensor]") -> "dict[str, torch.Tensor]":
+        return {**initial, **{name.removeprefix(PREFIX): tensor for name, tensor in trained.items()}}
+
+    return Task(
+        model=model,
+        prepare=lambda views: views,
+        parts=("loss",),
+        view=train_view(config, world),
+        weights=weights,
+        info=ModelInfo(
+            architecture=config.model,
+            model_kwargs={**config.model_kwargs, "img_size": config.img_size},
+            kind="mae",
+            head_layout=layout,
+            recipe=to_dict(config),
+        ),
+    )
+
+
+def _engine_name(name: str) -> str:
+    """Name in `MaskedAutoencoder` of a weight that is saved under MAE's name."""
+    return name if name.startswith(("decoder_", "mask_token")) else PREFIX + name

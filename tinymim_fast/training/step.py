@@ -1,0 +1,55 @@
+"""One optimizer step: prepare, forward, backward, accumulate, update."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+
+from tinymim_fast.engine import Engine
+from tinymim_fast.training.task import Views
+
+
+class TrainStep:
+    """One optimizer step under an engine; needs no `Task` and no loader, so that a benchmark can time it alone.
+
+    `loss_p = mean over micro-batches of model(*prepare(views))[p]`; the gradient of "loss" updates the weights once.
+
+    Args:
+        engine: trains the model.
+        prepare: from the views of a micro-batch to the model's inputs; runs without gradients (a teacher's pass).
+        parts: names of the losses to return.
+        accumulation_steps: micro-batches of a step, as the engine's configuration has them.
+    """
+
+    def __init__(
+        self, engine: Engine, prepare: Callable[[Views], Views], *, parts: Sequence[str], accumulation_steps: int
+    ):
+        self.engine = engine
+        self.prepare = prepare
+        self.parts = tuple(parts)
+        self.accumulation_steps = accumulation_steps
+
+    def __call__(self, micro_batches: Iterator[Views]) -> torch.Tensor:
+        """Take `accumulation_steps` micro-batches and update the weights; the host waits for nothing here.
+
+        Returns:
+            (parts,) losses of this rank on the device, detached.
+        """
+        total = 0.0
+        for _ in range(self.accumulation_steps):
+            total = total + self.micro_step(next(micro_batches))
+        return total / self.accumulation_steps
+
+    def micro_step(self, views: Views) -> torch.Tensor:
+        """One micro-batch's losses, (parts,), and its gradient; the last one of a step updates the weights.
+
+        Args:
+            views: (B, 3, S, S) each, on the device.
+        """
+        with torch.no_grad():
+            inputs = self.prepare(tuple(view.to(self.engine.dtype) for view in views))
+        losses = self.engine.forward(*inputs)
+        self.engine.backward(losses["loss"])
+        self.engine.step()
+        return torch.stack([losses[part].detach() for part in self.parts])

@@ -1,0 +1,53 @@
+"""What a kind of training hands to the loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from tinymim_fast.config import RunConfig
+from tinymim_fast.data.views import TrainView
+from tinymim_fast.distributed import World
+from tinymim_fast.models.checkpoints import ModelInfo
+
+Views = tuple[torch.Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One kind of training, ready to run: see tasks/.
+
+    Args:
+        model: what the engine trains; its forward takes what `prepare` returns and gives losses by name, one "loss".
+        prepare: from the views of a micro-batch, on the device in the engine's dtype, to the model's inputs; runs
+            without gradients.
+        parts: names of the losses to report, "loss" first.
+        view: what is made of an image.
+        weights: the whole model's fp32 state in timm's names, from the engine's trained one.
+        info: what the weights file says of itself; `step` and `epoch` are filled in.
+    """
+
+    model: nn.Module
+    prepare: Callable[[Views], Views]
+    parts: tuple[str, ...]
+    view: TrainView
+    weights: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
+    info: ModelInfo
+
+
+def train_view(config: RunConfig, world: World, *, color_jitter: float | None = None) -> TrainView:
+    """The view that a run's configuration means; with `color_jitter`, of that strength, a second one beside it."""
+    return TrainView(
+        img_size=config.img_size,
+        scale=config.scale,
+        ratio=config.ratio,
+        hflip=config.hflip,
+        color_jitter=None if color_jitter is None else (color_jitter,) * 3,
+        mean=config.mean,
+        std=config.std,
+        # half the bytes; the CPU is slower at it
+        dtype=torch.float16 if config.bf16 and world.device.type == "cuda" else torch.float32,
+    )
