@@ -183,10 +183,10 @@ def _shards_by_split(folder: Path, tars: list[Path]) -> list[Place]:
 
 def _list(folder: Path) -> _Listing:
     found = _Listing(folder, [], [], [], [])
-    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+    for entry in sorted(_entries(folder), key=lambda entry: entry.name):
         if entry.name.startswith((".", PREFIX)):  # hidden, or being written
             continue
-        if entry.is_dir():
+        if _is_folder(entry):
             if next(_walk(entry.path, {}), None) is not None:
                 found.folders.append(entry.name)
             elif split_of(entry.name) and any(name.endswith(".tar") for name in os.listdir(entry.path)):
@@ -210,7 +210,7 @@ def list_classes(root: Path) -> tuple[tuple[str, ...], list[str], list[int]]:
     Raises:
         DataError: no images.
     """
-    folders = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
+    folders = sorted(entry.name for entry in _entries(root) if _is_folder(entry) and not entry.name.startswith("."))
     loops: dict[str, str] = {}
     base = os.path.join(root, "")
     per_class = [sorted(path[len(base) :] for path in _walk(base + name, loops)) for name in folders]
@@ -223,7 +223,7 @@ def list_classes(root: Path) -> tuple[tuple[str, ...], list[str], list[int]]:
             log.warning("%s: classes without images: %s", root, name_some(empty))
         paths = [path for paths in per_class for path in paths]
         return tuple(folders), paths, [label for label, paths in enumerate(per_class) for _ in paths]
-    paths = sorted(entry.name for entry in os.scandir(root) if not entry.is_dir() and _is_image(entry.name))
+    paths = sorted(entry.name for entry in _entries(root) if not _is_folder(entry) and _is_image(entry.name))
     if not paths:
         state = "has no images" if any(root.iterdir()) else "is empty"
         raise DataError(f"got {root}, which {state}; {_WANT}")
@@ -236,9 +236,9 @@ def _walk(folder: str | Path, loops: dict[str, str]) -> Iterator[str]:
     seen, waiting = {_identity(folder)}, [str(folder)]
     while waiting:
         here = waiting.pop()
-        with os.scandir(here) as entries:
+        with _entries(here) as entries:
             for entry in entries:
-                if entry.is_dir():
+                if _is_folder(entry):
                     identity = _identity(entry.path)
                     if identity in seen or identity in above:
                         loops[entry.path] = os.path.realpath(entry.path)
@@ -247,6 +247,25 @@ def _walk(folder: str | Path, loops: dict[str, str]) -> Iterator[str]:
                         waiting.append(entry.path)
                 elif _is_image(entry.name):
                     yield entry.path
+
+
+def _entries(folder: str | Path):
+    """`os.scandir`.
+
+    Raises:
+        DataError: the folder can't be read.
+    """
+    try:
+        return os.scandir(folder)
+    except OSError as error:
+        raise DataError(f"got {folder}, which can't be read: {error.strerror}") from error
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself; reading it will say so
+        return False
 
 
 def _identity(folder: str | Path) -> tuple[int, int]:
