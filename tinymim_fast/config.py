@@ -1,9 +1,9 @@
 """What every run has in common: typed, frozen, checked configuration, read from YAML recipes and the command line.
 
 Every field is a flag (`--train-batch-size 1024`) and a YAML key (`train_batch_size: 1024`); the command line wins.
-Names follow timm and DeepSpeed, so a flag that exists there means the same here. What one kind of training adds is in tasks/.
-Nothing here waits for torch. Annotations of configurations are not postponed: jsonargparse would import what their modules import
-for type checkers.
+Names follow timm and DeepSpeed, so a flag that exists there means the same here. What one kind of training adds is in
+tasks/. Nothing here waits for torch. Annotations of configurations are not postponed: jsonargparse would import what
+their modules import for type checkers.
 """
 
 import json
@@ -64,7 +64,7 @@ class RunConfig:
         checkpoint_interval: optimizer steps between checkpoints; 0: by time only.
         checkpoint_minutes: minutes between checkpoints; 0: by steps only. The last step is always saved.
         checkpoint_hist: checkpoints kept.
-        resume: "auto" continues what `output_dir` holds; "none" starts anew and refuses a folder that holds checkpoints.
+        resume: "auto" continues what `output_dir` holds; "none" starts anew and refuses a folder with checkpoints.
         tensorboard: write event files to `output_dir/tensorboard`.
     """
 
@@ -127,8 +127,8 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         positive = (
-            "img_size workers epochs train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps lr lr_base "
-            "lr_base_size log_interval checkpoint_hist"
+            "img_size workers epochs train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps lr "
+            "lr_base lr_base_size log_interval checkpoint_hist"
         )
         for name in positive.split():
             value = getattr(self, name)
@@ -221,7 +221,7 @@ def parse(kind: type[Config], argv: Sequence[str], prog: str) -> Config:
 
 
 def name_flags(kind: type[RunConfig]) -> AbstractContextManager[None]:
-    """Errors inside the with block name the flag of a field of `kind`, `--img-size`, instead of the field, `img_size`."""
+    """Errors inside the with block name the flags of `kind`, `--img-size`, instead of its fields, `img_size`."""
     return flags(**{f.name: f"--{f.name.replace('_', '-')}" for f in fields(kind)})
 
 

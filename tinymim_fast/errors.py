@@ -15,8 +15,8 @@ class InputError(ValueError):
 
     Args:
         message: what is wrong and what is wanted.
-        argument: the argument at fault, by the name that the raising function gives it; put before the message. A program puts
-            its flag in that place: see `flags`.
+        argument: the argument at fault, by the name that the raising function gives it; put before the message. A
+            program puts its flag in that place: see `flags`.
     """
 
     def __init__(self, message: str, *, argument: str | None = None):

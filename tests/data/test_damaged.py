@@ -268,7 +268,7 @@ def test_a_run_replaces_and_names_damaged_files_until_they_are_too_many(world, o
         return [(name, reason.partition(" (")[0]) for name, reason in bad]
 
     with pytest.raises(
-        InputError, match=r"max_bad_files: got 0\.001, and 4 of 57 images in .*disc/empty\.jpg \(empty\)"
+        InputError, match=r"--max-bad-files: got 0\.001, and 4 of 57 images in .*disc/empty\.jpg \(empty\)"
     ):
         distil(world, *flags())
     assert not (tmp_path / "run").exists()

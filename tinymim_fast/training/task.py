@@ -21,9 +21,9 @@ class Task:
     """One kind of training, ready to run: see tasks/.
 
     Args:
-        model: what the engine trains; its forward takes what `prepare` returns and gives losses by name, "loss" among them.
-        prepare: from the views of a micro-batch, on the device in the engine's dtype, to the model's inputs; runs without
-            gradients.
+        model: what the engine trains; its forward takes what `prepare` returns and gives losses by name, one "loss".
+        prepare: from the views of a micro-batch, on the device in the engine's dtype, to the model's inputs; runs
+            without gradients.
         parts: names of the losses to report, "loss" first.
         view: what is made of an image.
         weights: the whole model's fp32 state in timm's names, from the engine's trained one.
