@@ -109,7 +109,7 @@ def batches(
             views = (torch.addcmul(shift, view.to(device, non_blocking=True), scale) for view in views)
             yield tuple(view.to(plan.view.dtype) for view in views)
     except DataError as error:  # a worker's comes with its traceback in front
-        raise DataError(re.split(r"\b(?:Data|Image)Error: ", str(error))[-1].strip()) from None
+        raise DataError(re.split(r"\b(?:Data|Image)Error: ", str(error.args[0]))[-1].strip()) from None
     finally:
         if hasattr(loader, "_shutdown_workers"):  # now, not when the last traceback that holds it is dropped
             loader._shutdown_workers()
