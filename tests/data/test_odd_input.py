@@ -1,18 +1,24 @@
 """Files as they come: types, value ranges, pipes, files that change under a run. No start may die by a signal or hang."""
 
+import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import textwrap
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from support.loaders import train_loader
+from support.loaders import copies, eval_loader, train_loader
 from support.programs import ROOT
 from tinymim_fast.data import DataError, find_images, scan_images
+from tinymim_fast.data.bad_files import BadFiles
+from tinymim_fast.data.pack import main as pack_main
 from tinymim_fast.data.pack import pack
+from tinymim_fast.data.scan import main as scan
 
 GREY = np.tile(np.linspace(0, 255, 64), (64, 1))  # mean 127.5 of 255
 PLAIN = {"mean": (0, 0, 0), "std": (1, 1, 1)}
@@ -165,3 +171,131 @@ def test_more_pixels_than_allowed_are_damaged(tmp_path):
     assert index.damaged == {"c/large.png": "huge: 300 x 200, more than 50,000 pixels"}
     with pytest.raises(DataError, match="max_image_pixels: got 0, want 1 to 178,956,970"):
         find_images(tmp_path, workers=1, max_image_pixels=0)
+
+
+HOSTILE = "x\x1b[2J\r\n\x9bevil\u202e.jpg"
+
+
+def test_names_are_shown_escaped(noise, caplog, capfd):
+    (noise / "c" / HOSTILE).write_bytes(b"no picture")
+    assert scan([str(noise), "--workers=1"]) == 0
+    index = find_images(noise)
+    assert list(index.damaged) == [f"c/{HOSTILE}"]
+    bad_files = BadFiles(index)
+    said = [str(bad_files.error()), caplog.text, capfd.readouterr().out]
+    with pytest.raises(DataError) as caught:
+        find_images(noise / "c\x1b[31m\n")
+    said.append(str(caught.value))
+    for text in said:
+        assert "\x1b" not in text and "\x9b" not in text and "\u202e" not in text and "\r" not in text, text
+    for text in said[:3]:
+        assert r"x\x1b[2J\r\n\x9bevil\u202e.jpg" in text
+    assert len(said[0].splitlines()) == len(said[3].splitlines()) == 1
+
+
+def altered(path, out, **changes):
+    """The index at `path` with some arrays changed, at `out`."""
+    with np.load(path) as data:
+        arrays = {name: data[name] for name in data.files}
+    np.savez(out, **{**arrays, **{f"/{name}": value(arrays[f"/{name}"]) for name, value in changes.items()}})
+
+
+def pack_names(*names):
+    return np.frombuffer(b"".join(name + b"\0" for name in names), dtype=np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"labels": lambda a: a[:-1]}, r"labels of int64 \(47,\), want integers \(48,\)"),
+        ({"labels": lambda a: a + 1}, "labels 1 to 1 for 1 classes"),
+        ({"labels": lambda a: a.astype(float)}, "labels of float64"),
+        ({"sizes": lambda a: a * 0}, "images without pixels"),
+        (
+            {"paths": lambda a: pack_names(*[b"../../etc/x.jpg"] * 48)},
+            r"\.\./\.\./etc/x\.jpg, which leaves the data set's folder",
+        ),
+        ({"paths": lambda a: pack_names(*[b"/etc/x.jpg"] * 48)}, "/etc/x.jpg, which leaves"),
+        ({"root": lambda a: pack_names(b"../..")}, r"\.\./\.\., which leaves"),
+        ({"labels": lambda a: np.array([None] * 48)}, "Object arrays cannot be loaded"),
+    ],
+    ids=["few_labels", "other_labels", "float_labels", "no_pixels", "parent", "absolute", "root", "pickle"],
+)
+def test_an_index_that_no_scan_writes_is_refused(noise, tmp_path, change, message):
+    scan([str(noise), "--workers=1"])
+    altered(noise / "index.npz", tmp_path / "index.npz", **change)
+    with pytest.raises(
+        DataError, match=rf"want an image index written by .*{message}" if "want" not in message[:4] else message
+    ):
+        find_images(tmp_path / "index.npz")
+
+
+def test_an_index_that_unpacks_to_more_is_not_unpacked(tmp_path):
+    path = tmp_path / "index.npz"
+    np.savez_compressed(path, format=np.zeros(1 << 26, dtype=np.uint8))
+    assert path.stat().st_size < 1 << 20
+    with pytest.raises(DataError, match="compressed arrays"):
+        find_images(path)
+
+
+def test_an_index_of_the_format_before_loads(noise, tmp_path):
+    """It had PIL's format and mode of each image."""
+    scan([str(noise), "--workers=1"])
+    altered(noise / "index.npz", tmp_path / "index.npz")
+    with np.load(noise / "index.npz") as data:
+        old = {name: data[name] for name in data.files} | {
+            "/formats": np.full(48, "JPEG"),
+            "/modes": np.full(48, "RGB"),
+        }
+    np.savez(tmp_path / "index.npz", **old)
+    index = find_images(tmp_path / "index.npz")
+    assert len(index) == 48 and index.read_image(0).size == (80, 60)
+
+
+def test_very_long_pictures_cost_little(tmp_path, loader_name):
+    """Of 1 x 5000 pixels, all of the resized picture would be a gigabyte."""
+    folder = tmp_path / "src" / "c"
+    folder.mkdir(parents=True)
+    ramp = np.linspace(0, 255, 5000).astype(np.uint8)
+    Image.fromarray(ramp[None]).save(folder / "flat.png")
+    Image.fromarray(ramp[:, None]).save(folder / "tall.png")
+    Image.fromarray(np.full((600, 80_000), 127, dtype=np.uint8)).save(folder / "wide.png")
+    index = scan_images(tmp_path / "src", workers=1)
+    with eval_loader(index, loader_name, img_size=224, resize_size=256, workers=0, **PLAIN) as loader:
+        ((images, _, _),) = loader
+        resized = loader.plan.params(0, loader.plan.sample_ids(0))
+    assert (resized.height * resized.width).max() < 5e6
+    means = 255 * images.mean(dim=(1, 2, 3))
+    assert torch.allclose(means, torch.tensor([127.0, 127.0, 127.0]), atol=1.5), means
+    with train_loader(index, loader_name, batch_size=3, workers=0) as loader:
+        assert len(next(loader.batches(0, 1))[0]) == 3
+    assert pack_main([str(tmp_path / "src"), str(tmp_path / "dst"), "--short-side=512", "--workers=1"]) == 0
+    packed = find_images(tmp_path / "dst")
+    assert packed.sizes.tolist() == [[1, 5000], [5000, 1], [600, 80_000]]
+
+
+def test_a_killed_worker_is_replaced(noise, caplog):
+    pytest.importorskip("torchvision")
+    with train_loader(scan_images(noise, workers=1), "torchvision") as loader:
+        whole = copies(loader.batches(0, 12))
+        batches = loader.batches(0, 12)
+        found = [next(batches)]
+        os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+        found += batches
+    assert all(torch.equal(a, b) for a, b in zip(whole, copies(found), strict=True))
+    assert "a data worker was killed" in caplog.text
+
+
+def test_workers_that_are_killed_each_time_end_the_run_in_one_line(noise, monkeypatch):
+    torchvision_loader = pytest.importorskip("tinymim_fast.data.torchvision_loader")
+    monkeypatch.setattr(torchvision_loader, "_MAX_DEATHS", 2)
+    monkeypatch.setattr(
+        torchvision_loader._TrainBatches, "__getitem__", lambda self, number: os.kill(os.getpid(), signal.SIGKILL)
+    )
+    with (
+        train_loader(scan_images(noise, workers=1), "torchvision") as loader,
+        pytest.raises(
+            DataError, match=r"^workers: got 2, of which some were killed 2 times in a row, for want of memory"
+        ),
+    ):
+        next(loader.batches(0, 2))

@@ -250,8 +250,8 @@ def _eval_graph(
     decoder: dict,
     threads: ThreadPoolExecutor | None,
 ):
-    encoded, size, resized, anchor = _inputs(source, 2)
-    image = _decode_crop(encoded, size, types.Constant(np.zeros(2, dtype=np.int32)), size, decoder)
+    encoded, size, start, shape, resized, anchor = _inputs(source, 4)
+    image = _decode_crop(encoded, size, start, shape, decoder)
     image = _resize(image, resized, threads)
     image = fn.slice(image, start=anchor, shape=[plan.view.img_size, plan.view.img_size], axes=[0, 1])
     return fn.crop_mirror_normalize(image, **normalize)

@@ -131,5 +131,6 @@ def _train_parameters(draws: ViewDraws, num_views: int) -> tuple[np.ndarray, ...
 
 
 def _eval_parameters(crops: CenterCrops) -> tuple[np.ndarray, ...]:
+    part = np.stack([crops.part_top, crops.part_left], axis=1), np.stack([crops.part_height, crops.part_width], axis=1)
     size, anchor = np.stack([crops.height, crops.width], axis=1), np.stack([crops.top, crops.left], axis=1)
-    return size.astype(np.float32), anchor
+    return (*part, size.astype(np.float32), anchor)
