@@ -1,9 +1,9 @@
 """What every run has in common: typed, frozen, checked configuration, read from YAML recipes and the command line.
 
 Every field is a flag (`--train-batch-size 1024`) and a YAML key (`train_batch_size: 1024`); the command line wins.
-Names follow timm and DeepSpeed, so a flag that exists there means the same here. What one kind of training adds is in tasks/.
-Nothing here waits for torch. Annotations of configurations are not postponed: jsonargparse would import what their modules import
-for type checkers.
+Names follow timm and DeepSpeed, so a flag that exists there means the same here. What one kind of training adds is in
+tasks/. Nothing here waits for torch. Annotations of configurations are not postponed: jsonargparse would import what
+their modules import for type checkers.
 """
 
 import json
@@ -32,6 +32,9 @@ class RunConfig:
     Args:
         data_path: image folder, `DIR/<class>/*.jpg`, or a folder that holds it as `DIR/train`; tar shards,
             `DIR/train-*.tar`; or an index that `python -m tinymim_fast.data.scan` wrote.
+        split: which of the folders or shards in `data_path`: "train", or a folder's name.
+        layout: what `data_path` holds where its listing says two things: "splits", "classes" or "shards".
+        max_image_pixels: larger images count as damaged.
         max_bad_files: largest share of the images that may be damaged; they are replaced, more stop the run.
         output_dir: checkpoints, metrics and the resolved configuration go here.
         img_size: side of the square input, pixels.
@@ -64,7 +67,7 @@ class RunConfig:
         checkpoint_interval: optimizer steps between checkpoints; 0: by time only.
         checkpoint_minutes: minutes between checkpoints; 0: by steps only. The last step is always saved.
         checkpoint_hist: checkpoints kept.
-        resume: "auto" continues what `output_dir` holds; "none" starts anew and refuses a folder that holds checkpoints.
+        resume: "auto" continues what `output_dir` holds; "none" starts anew and refuses a folder with checkpoints.
         tensorboard: write event files to `output_dir/tensorboard`.
     """
 
@@ -72,6 +75,8 @@ class RunConfig:
     FREE_ON_RESUME: ClassVar[frozenset[str]] = frozenset(
         [
             "data_path",
+            "split",
+            "layout",
             "max_bad_files",
             "output_dir",
             "loader",
@@ -98,6 +103,9 @@ class RunConfig:
     hflip: float = 0.5
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
+    split: str = "train"
+    layout: Literal["auto", "splits", "classes", "shards"] = "auto"
+    max_image_pixels: int = 89_478_485
     max_bad_files: float = 0.001
     loader: Literal["auto", "dali", "torchvision"] = "auto"
     workers: int = 8
@@ -127,8 +135,8 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         positive = (
-            "img_size workers epochs train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps lr lr_base "
-            "lr_base_size log_interval checkpoint_hist"
+            "img_size workers epochs train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps lr "
+            "lr_base lr_base_size log_interval checkpoint_hist"
         )
         for name in positive.split():
             value = getattr(self, name)
@@ -221,7 +229,7 @@ def parse(kind: type[Config], argv: Sequence[str], prog: str) -> Config:
 
 
 def name_flags(kind: type[RunConfig]) -> AbstractContextManager[None]:
-    """Errors inside the with block name the flag of a field of `kind`, `--img-size`, instead of the field, `img_size`."""
+    """Errors inside the with block name the flags of `kind`, `--img-size`, instead of its fields, `img_size`."""
     return flags(**{f.name: f"--{f.name.replace('_', '-')}" for f in fields(kind)})
 
 

@@ -46,8 +46,8 @@ def start() -> World:
     else:
         if local_rank >= accelerator.device_count():
             raise InputError(
-                f"local rank {local_rank}, but this node has {accelerator.device_count()} devices; start fewer processes "
-                "(deepspeed --num_gpus, torchrun --nproc-per-node)"
+                f"local rank {local_rank}, but this node has {accelerator.device_count()} devices; start fewer "
+                "processes (deepspeed --num_gpus, torchrun --nproc-per-node)"
             )
         accelerator.set_device(local_rank)
         device = torch.device(accelerator.device_name(local_rank))
@@ -75,7 +75,8 @@ def deepspeed_config(
     Args:
         batches: how the global batch is divided.
         zero_stage: 0, 1 or 2.
-        bf16: bf16 weights with fp32 master weights and fp32 gradient accumulation; at stage 0 bf16 autocast over fp32 weights.
+        bf16: bf16 weights with fp32 master weights and fp32 gradient accumulation; at stage 0 bf16 autocast over fp32
+            weights.
         clip_grad: largest gradient norm; 0 does not clip.
         deepspeed_config: a DeepSpeed JSON file; may add what is not said here, and may not contradict it.
 
@@ -95,7 +96,7 @@ def deepspeed_config(
         "steps_per_print": None,
     }
     if bf16 and zero_stage == 0:
-        # Without ZeRO, DeepSpeed has no fp32 accumulation for bf16 weights; autocast over fp32 weights is the same thing.
+        # Without ZeRO, DeepSpeed has no fp32 accumulation for bf16 weights; autocast over fp32 weights is the same.
         ours["bf16"] = {"enabled": False}
         ours["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
     if deepspeed_config is None:
@@ -226,7 +227,7 @@ class Engine:
         return state
 
     def optimizer_state(self) -> dict[str, torch.Tensor]:
-        """Both moments of each trained weight, whole and fp32, and every rank's random states, on rank 0's CPU. Collective.
+        """Both moments of each weight, whole and fp32, and every rank's random states, on rank 0's CPU. Collective.
 
         Nothing in it depends on how many ranks there are or how ZeRO divides the optimizer among them.
         """
@@ -245,8 +246,9 @@ class Engine:
     def load(self, folder: Path) -> dict[str, Any]:
         """Take over what `save_state` wrote; returns its `client_state`. Collective.
 
-        The weights are not in it: the model that the engine was made of must hold them. Random states are restored where the
-        number of ranks and the kind of device are those of saving; else they are drawn from (seed, step, rank).
+        The weights are not in it: the model that the engine was made of must hold them. Random states are restored
+        where the number of ranks and the kind of device are those of saving; else they are drawn from (seed, step,
+        rank).
 
         Raises:
             InputError: no such file, or of another model.
@@ -317,7 +319,7 @@ def save_state(folder: Path, state: Mapping[str, torch.Tensor], client_state: Ma
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """DeepSpeed prints memory reports while it sets up, and collects garbage before each, 0.3 s a time: of new objects only."""
+    """DeepSpeed prints memory reports while it sets up, and collects garbage before each, 0.3 s: of new objects only."""
     gc.freeze()
     try:
         with contextlib.redirect_stdout(io.StringIO()):

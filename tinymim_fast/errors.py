@@ -10,13 +10,18 @@ EXIT_NON_FINITE = 3  # the loss became NaN or Inf
 EXIT_TERMINATED = 75  # SIGTERM: saved; start the same command again to go on (EX_TEMPFAIL)
 
 
+def printable(text: str) -> str:
+    """`text` with what could move a terminal's cursor or break a line written as an escape, e.g. in a hostile file name."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+
+
 class InputError(ValueError):
     """An argument, file or folder that can't be used; the message names it and the way out.
 
     Args:
         message: what is wrong and what is wanted.
-        argument: the argument at fault, by the name that the raising function gives it; put before the message. A program puts
-            its flag in that place: see `flags`.
+        argument: the argument at fault, by the name that the raising function gives it; put before the message. A
+            program puts its flag in that place: see `flags`.
     """
 
     def __init__(self, message: str, *, argument: str | None = None):
@@ -24,7 +29,7 @@ class InputError(ValueError):
         self.argument = argument
 
     def __str__(self) -> str:
-        message = super().__str__()
+        message = printable(super().__str__())
         return message if self.argument is None else f"{self.argument}: {message}"
 
 

@@ -1,7 +1,7 @@
 """Whole or not at all: a file or folder has its name only when all of it is on the disk.
 
-It is made under a temporary name beside the target (`tmp_*`, on the same file system), synced, renamed, and the folder that
-holds it is synced, so that neither a kill nor a power cut leaves half of it under its name.
+It is made under a temporary name beside the target (`tmp_*`, on the same file system), synced, renamed, and the folder
+that holds it is synced, so that neither a kill nor a power cut leaves half of it under its name.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def whole_file(path: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def whole_folder(path: str | Path) -> Iterator[Path]:
-    """An empty temporary folder to fill; it becomes `path`, which must not exist or be empty, at the end of the with block.
+    """An empty temporary folder to fill; it becomes `path`, which must be empty or missing, at the end of the with block.
 
     An exception inside leaves nothing behind.
 

@@ -38,7 +38,7 @@ from tinymim_fast.training.metrics import read_metrics
 
 DAMAGED = {
     "disc/empty.jpg": "empty",
-    "disc/huge.jpg": "huge: more than 178,956,970 pixels",
+    "disc/huge.jpg": "huge: more than 89,478,485 pixels",
     "disc/text.jpg": "non-image",
     "disc/truncated.jpg": "truncated: image file is truncated",
 }
@@ -131,8 +131,7 @@ def test_a_damaged_file_costs_its_sample_alone(damageable_index, loader_name, de
             other = draw_replacements(victim, len(index), 1, seed=1, epoch=epoch)[0]
             assert loader.plan.read_ids(number, loader.bad_files)[i] == other != victim
     for number, (views, bad) in enumerate(found):
-        if number < 3:
-            assert not bad
+        assert bad.keys() <= {victim}
         changed = [i for i in range(8) if not torch.equal(views[:, i], sound[number][:, i])]
         assert changed == [i for n, i in positions if n == number]
     # A loader that knows, a later start and two ranks have the same.
@@ -268,7 +267,7 @@ def test_a_run_replaces_and_names_damaged_files_until_they_are_too_many(world, o
         return [(name, reason.partition(" (")[0]) for name, reason in bad]
 
     with pytest.raises(
-        InputError, match=r"max_bad_files: got 0\.001, and 4 of 57 images in .*disc/empty\.jpg \(empty\)"
+        InputError, match=r"--max-bad-files: got 0\.001, and 4 of 57 images in .*disc/empty\.jpg \(empty\)"
     ):
         distil(world, *flags())
     assert not (tmp_path / "run").exists()

@@ -33,9 +33,7 @@ def numbers_seen(view: torch.Tensor, config: distill.DistillConfig) -> list[int]
 
 
 def train_and_record(world: World, records: Path | None, stop_at: int, flags: list[str]) -> None:
-    """A run that adds the numbers of the images it trains on to `records`, a line for each forward pass, saves at `stop_at` and
-    stops there.
-    """
+    """A run that saves at `stop_at` and stops there; `records` gets the numbers of the images of each forward pass."""
     config = parse(distill.DistillConfig, flags, "train.py")
 
     def recording(prepare):

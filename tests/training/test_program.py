@@ -7,7 +7,7 @@ import pytest
 
 pytest.importorskip("deepspeed")
 
-from support.programs import PACKAGE, ROOT, distill_flags, run_training
+from support.programs import PACKAGE, ROOT, distill_flags, run_forked, run_training
 from tinymim_fast.errors import EXIT_INPUT, EXIT_NON_FINITE
 from tinymim_fast.models.checkpoints import latest_checkpoint
 
@@ -16,7 +16,7 @@ def test_non_finite_loss_names_step_rank_and_last_good_checkpoint(image_folder, 
     flags = distill_flags(
         image_folder, teacher_file, tmp_path / "run", lr=1e30, warmup_epochs=0, checkpoint_interval=1, bf16="false"
     )
-    code, output = run_training(sys.executable, PACKAGE / "train.py", *flags)
+    code, output = run_forked("train", *flags)
     assert code == EXIT_NON_FINITE, output
     last = [line for line in output.splitlines() if "last good checkpoint" in line]
     assert len(last) == 1 and "at step 2 on rank 0" in last[0] and "step_00000001" in last[0], output
@@ -28,7 +28,7 @@ def test_bad_input_is_one_line_and_an_exit_code(image_folder, teacher_file, tmp_
     code, output = run_training(sys.executable, PACKAGE / "train.py", *flags)
     assert code == EXIT_INPUT and "Traceback" not in output
     assert output.splitlines()[-1].startswith("train.py: --target-block: got 9")
-    code, output = run_training(sys.executable, PACKAGE / "pretrain.py", "--nonsense=1")
+    code, output = run_forked("pretrain", "--nonsense=1")
     assert code == EXIT_INPUT and output.splitlines()[-1].startswith("pretrain.py: ") and "nonsense" in output
 
 

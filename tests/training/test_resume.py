@@ -13,7 +13,7 @@ from PIL import Image
 
 pytest.importorskip("deepspeed")
 
-from support.programs import PACKAGE, ROOT, distill_flags, run_training, start_training
+from support.programs import ROOT, distill_flags, run_training, start_forked
 from support.rank_worker import FIRST_GREY, GREY_STEP, train_and_record
 from support.runs import Stopped, distil, last_step, losses, pretrain_flags, pretrain_mae, stopping
 from tinymim_fast.errors import EXIT_TERMINATED, InputError
@@ -38,7 +38,7 @@ def wait_for_checkpoint(process, output_dir, step):
 def test_a_stopped_run_continues_with_the_same_losses(world, uninterrupted, image_folder, teacher_file, tmp_path, how):
     whole, changes = uninterrupted
     flags = distill_flags(image_folder, teacher_file, tmp_path / "run", **changes)
-    process = start_training(sys.executable, PACKAGE / "train.py", *flags)
+    process = start_forked("train", *flags)
     wait_for_checkpoint(process, tmp_path / "run", 5)
     os.kill(process.pid, how)
     output, _ = process.communicate(timeout=60)
@@ -60,7 +60,7 @@ def test_another_configuration_in_the_folder_is_refused(world, uninterrupted, im
     folder, changes = uninterrupted
     with pytest.raises(InputError, match=r"another configuration \(lr: 0.001 -> 0.002\)"):
         distil(world, *distill_flags(image_folder, teacher_file, folder, **changes, lr=2e-3)[:])
-    with pytest.raises(InputError, match="--resume none wants a folder without checkpoints"):
+    with pytest.raises(InputError, match='resume "none" wants a folder without checkpoints'):
         distil(world, *distill_flags(image_folder, teacher_file, folder, **changes, resume="none"))
 
 

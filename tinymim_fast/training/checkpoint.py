@@ -1,13 +1,13 @@
 """Checkpoints of a run: when, their names, written whole, and which are kept.
 
     OUTPUT_DIR/checkpoints/
-        step_00000020/                     a checkpoint: its name appears when all of it is on the disk
-            model.safetensors              fp32 weights in timm's names, and what they are (`ModelInfo`)
-            optimizer.safetensors          AdamW's moments whole, every rank's random states; step and bad files in its metadata
+        step_00000020/                   a checkpoint: its name appears when all of it is on the disk
+            model.safetensors            fp32 weights in timm's names, and what they are (`ModelInfo`)
+            optimizer.safetensors        AdamW's moments whole, every rank's random states; step and bad files
         step_00000040/
-        tmp_9f86d081_step_00000060/        being written, or being removed; what a killed run leaves, the next one removes
-        aside_step_00000050_2cf24dba/      was called step_00000050 and is no good checkpoint: a user may look, and remove it
-        step_backup/                       a user's: neither read nor removed
+        tmp_9f86d081_step_00000060/      being written or removed; what a killed run leaves, the next one removes
+        aside_step_00000050_2cf24dba/    was called step_00000050 and is no good checkpoint: for a user to look at
+        step_backup/                     a user's: neither read nor removed
 
 `models.checkpoints` has the rule of the names, because whoever reads weights finds a run's newest by it.
 """

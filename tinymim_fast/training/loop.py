@@ -147,7 +147,8 @@ def train(config: RunConfig, world: World, build_task: Callable[[Any, World, Pat
         except NonFiniteLossError as error:
             good = latest_checkpoint(output_dir) or "none: no checkpoint was saved yet"
             raise NonFiniteLossError(
-                f"{error}; the last good checkpoint is {good}. Lower lr_base, lengthen warmup_epochs, or try bf16: false"
+                f"{error}; the last good checkpoint is {good}. "
+                "Lower lr_base, lengthen warmup_epochs, or try bf16: false"
             ) from error
         finally:
             signal.signal(signal.SIGTERM, previous)

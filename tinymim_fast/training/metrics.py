@@ -59,7 +59,7 @@ class Recorder:
             self._bar.update()
 
     def new_bad_files(self, bad_files: Mapping[str, str]) -> dict[str, Any]:
-        """What a record says of bad files: how many, and those that no record has named, with the reason; said in the log too.
+        """What a record says of bad files: how many, and those that no record has named; said in the log too.
 
         Args:
             bad_files: all that are known by now, reason by name.

@@ -1,4 +1,4 @@
-"""What the steps since the last record gave: losses that are still on the device, time, and time spent waiting for data."""
+"""What the steps since the last record gave: losses, still on the device, and time, some of it waiting for data."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Progress:
         self.step += 1
 
     def look(self) -> None:
-        """Bring the losses to the host, averaged over ranks; bad files that one rank found become known to all. Collective.
+        """Bring the losses to the host, averaged over ranks; one rank's bad files become known to all. Collective.
 
         Raises:
             NonFiniteLossError: on every rank, if a loss of any rank is not finite.
@@ -86,7 +86,7 @@ class Progress:
         self._losses.clear()
 
     def record(self) -> dict[str, Any] | None:
-        """Mean losses, learning rate and speed of the steps since the last record; None where there were none. Collective."""
+        """Mean losses, learning rate and speed since the last record; None where there were no steps. Collective."""
         self.look()
         if not self._seen:
             return None

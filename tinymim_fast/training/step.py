@@ -17,7 +17,7 @@ class TrainStep:
 
     Args:
         engine: trains the model.
-        prepare: from the views of a micro-batch to the model's inputs; runs without gradients (a teacher's forward pass).
+        prepare: from the views of a micro-batch to the model's inputs; runs without gradients (a teacher's pass).
         parts: names of the losses to return.
         accumulation_steps: micro-batches of a step, as the engine's configuration has them.
     """
