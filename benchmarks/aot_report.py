@@ -7,8 +7,8 @@ through a kernel's machine code the shortest is counted, its loop as often as N 
 launch, for rows that need their maximum, counts as returning at once. Instructions and MUFU are per (query, key) pair
 that the tiles hold, padding included, and per lane. issue_us is the time in which an H200 (132 SMs at 1.75 GHz)
 issues them at four warp instructions per clock and SM, for B=256, H=12: a lower bound, not a timing. simulated_us is
-what latency.py makes of the same path on the target's own GPU, for three sets of latencies; empty where it does not know
-an instruction. AMD code is counted statically, and has neither.
+what latency.py makes of the same path on the target's own GPU, for three sets of latencies; empty where it does not
+know an instruction. AMD code is counted statically, and has neither.
 """
 
 import argparse
@@ -52,8 +52,8 @@ LATENCIES = {
     "simulated_us": sm_model.MIDDLE,
     "simulated_us_pessimistic": sm_model.PESSIMISTIC,
 }
-# What a kernel is compiled for: one packed relation, both as a training step has them, both with lengths, the loss alone, the gradient of one side,
-# and the backward pass of reduction "none" with lengths.
+# What a kernel is compiled for: one packed relation, both as a training step has them, both with lengths, the loss
+# alone, the gradient of one side, and the backward pass of reduction "none" with lengths.
 USES = ("qk", "loss", "qk+vv", "forward", "d_x", "d_y", "rows")
 # (N, D_s, D_t, dtype, use) that are compiled: the paper's head widths, every bucket of N, the widest heads, and for
 # the tiles that fill the registers, the uses that take most of them. tf32 is fp32 with products in TF32.
@@ -165,7 +165,7 @@ def compile_launch(launch: Launch, target: GPUTarget) -> CompiledKernel:
 
 
 def simulated_us(target: str, launch: Launch, code: list[Instruction], blocks: int, traces: list[list[int]]) -> dict:
-    """By the simulation's latencies; of a launch whose programs take the traces in equal parts. Empty if not modelled."""
+    """By the simulation's latencies, of programs that take the traces in equal parts; empty if not modelled."""
     gpu, figures = sm_model.GPUS[target], {}
     for name, latencies in LATENCIES.items():
         try:

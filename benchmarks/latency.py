@@ -113,6 +113,7 @@ class Simulation:
         self.ends: list[int] = []
 
     def run(self) -> "Simulation":
+        """Until all blocks have ended: `ends`, `busy` and `waited` are in clocks."""
         for slot in range(min(self.slots, self.num_blocks)):
             self._launch(700 * slot)
         while any(self.sub_cores):
