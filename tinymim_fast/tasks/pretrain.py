@@ -1,5 +1,6 @@
 """Masked-autoencoder pre-training: a teacher for data that has none."""
 
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from tinymim_fast.distributed import World
     from tinymim_fast.training.task import Task
 
+logger = logging.getLogger("tinymim_fast")
 PREFIX = "encoder."  # of the encoder's weights under the engine
 
 
@@ -60,9 +62,12 @@ def build_task(config: PretrainConfig, world: "World", checkpoint: Path | None) 
     Raises:
         InputError: a model or checkpoint that can't be used.
     """
+    import torch
+
+    from tinymim_fast.models.attention import use_attention
     from tinymim_fast.models.checkpoints import ModelInfo, read_weights
     from tinymim_fast.models.mae import MaskedAutoencoder
-    from tinymim_fast.models.vit import create_vit, head_layout
+    from tinymim_fast.models.vit import create_vit, head_layout, whole_blocks
     from tinymim_fast.training.task import Task, train_view
 
     encoder = create_vit(config.model, img_size=config.img_size, **config.model_kwargs)
@@ -78,6 +83,9 @@ def build_task(config: PretrainConfig, world: "World", checkpoint: Path | None) 
     if checkpoint is not None:
         saved, _ = read_weights(checkpoint)
         model.load_state_dict({_engine_name(name): tensor for name, tensor in saved.items()})
+    dtype = torch.bfloat16 if config.bf16 else torch.float32
+    attention = use_attention(model, config.attention, world.device, dtype, gradients=True)
+    logger.info("masked autoencoder: %s, attention %s", "bf16" if config.bf16 else "fp32", attention)
     initial = {name.removeprefix(PREFIX): tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
     def weights(trained: "dict[str, torch.Tensor]") -> "dict[str, torch.Tensor]":
@@ -96,6 +104,7 @@ def build_task(config: PretrainConfig, world: "World", checkpoint: Path | None) 
             head_layout=layout,
             recipe=to_dict(config),
         ),
+        regions=whole_blocks(model),
     )
 
 

@@ -21,11 +21,13 @@ from tinymim_fast.files import remove_unfinished, write_text
 from tinymim_fast.models.checkpoints import latest_checkpoint
 from tinymim_fast.training import checkpoint as checkpoints
 from tinymim_fast.training import resume
+from tinymim_fast.training.compilation import Compiler, wanted
 from tinymim_fast.training.metrics import Recorder, plot_curves
 from tinymim_fast.training.progress import Progress
 from tinymim_fast.training.schedule import lr_schedule
 from tinymim_fast.training.step import TrainStep
 from tinymim_fast.training.task import Task
+from tinymim_fast.training.tracing import Tracer
 
 logger = logging.getLogger("tinymim_fast")
 SAVE, STOP, TOO_MANY_BAD = 1, 2, 3  # what ranks agree on, the larger winning
@@ -76,8 +78,10 @@ def train(config: RunConfig, world: World, build_task: Callable[[Any, World, Pat
             bad_files=bad_files,
             dali_kwargs=config.dali_kwargs,
         )
-    with loader:
+    with loader, Compiler() as compiler:
         steps_per_epoch = loader.steps_per_epoch
+        regions = task.regions if wanted(config.compile, world.device) else ()
+        compiler.compile(regions)
         engine = Engine(
             task.model,
             ds_config,
@@ -86,6 +90,7 @@ def train(config: RunConfig, world: World, build_task: Callable[[Any, World, Pat
             weight_decay=config.weight_decay,
             opt_betas=config.opt_betas,
             seed=config.seed,
+            regions=regions,
         )
         step, total_steps = 0, steps_per_epoch * config.epochs
         seed_rank(config.seed, step, world.rank)
@@ -109,6 +114,7 @@ def train(config: RunConfig, world: World, build_task: Callable[[Any, World, Pat
             tensorboard=config.tensorboard,
             enabled=world.is_main,
         )
+        tracer = Tracer(output_dir, config.profile if world.is_main else 0)
         terminate = []
         previous = signal.signal(signal.SIGTERM, lambda *_: terminate.append(True))
         agreement = None  # on what ranks asked for in the step before
@@ -119,6 +125,9 @@ def train(config: RunConfig, world: World, build_task: Callable[[Any, World, Pat
                 progress.add(train_step(micro_batches), lr)  # queued: the host runs ahead of the device
                 step += 1
                 recorder.advance()
+                progress.leave_out(compiler.after_step())
+                with progress.paused():
+                    tracer.after_step()
                 last = step == total_steps
 
                 # SYNC, host: what ranks asked for a step ago. Nobody waits, and all stop or save at the same step.
@@ -152,6 +161,7 @@ def train(config: RunConfig, world: World, build_task: Callable[[Any, World, Pat
             ) from error
         finally:
             signal.signal(signal.SIGTERM, previous)
+            tracer.close()
             recorder.close()
     if world.is_main:
         logger.info("done: %s", latest_checkpoint(output_dir))
