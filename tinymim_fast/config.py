@@ -32,6 +32,9 @@ class RunConfig:
     Args:
         data_path: image folder, `DIR/<class>/*.jpg`, or a folder that holds it as `DIR/train`; tar shards,
             `DIR/train-*.tar`; or an index that `python -m tinymim_fast.data.scan` wrote.
+        split: which of the folders or shards in `data_path`: "train", or a folder's name.
+        layout: what `data_path` holds where its listing says two things: "splits", "classes" or "shards".
+        max_image_pixels: larger images count as damaged.
         max_bad_files: largest share of the images that may be damaged; they are replaced, more stop the run.
         output_dir: checkpoints, metrics and the resolved configuration go here.
         img_size: side of the square input, pixels.
@@ -59,8 +62,8 @@ class RunConfig:
         zero_stage: DeepSpeed ZeRO stage, 0 to 3.
         bf16: bf16 weights with fp32 master weights and fp32 gradient accumulation; else fp32.
         compile: compile the models' blocks; "auto": on GPUs.
-        attention: "sdpa", "flash", "cudnn" or "efficient" of PyTorch, "xformers", "math" (plain products), or "auto": the
-            fastest by the table in models/attention.py, sdpa where it has no row.
+        attention: "sdpa", "flash", "cudnn" or "efficient" of PyTorch, "xformers", "math" (plain products), or "auto":
+            the fastest by the table in models/attention.py, sdpa where it has no row.
         profile: optimizer steps to trace, after the first five of a start; 0 traces none.
         deepspeed_config: a DeepSpeed JSON file, merged into what these fields say; a contradiction is an error.
         seed: of the initial weights, the order of the data, the crops, drop path.
@@ -76,6 +79,8 @@ class RunConfig:
     FREE_ON_RESUME: ClassVar[frozenset[str]] = frozenset(
         [
             "data_path",
+            "split",
+            "layout",
             "max_bad_files",
             "output_dir",
             "loader",
@@ -105,6 +110,9 @@ class RunConfig:
     hflip: float = 0.5
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
+    split: str = "train"
+    layout: Literal["auto", "splits", "classes", "shards"] = "auto"
+    max_image_pixels: int = 89_478_485
     max_bad_files: float = 0.001
     loader: Literal["auto", "dali", "torchvision"] = "auto"
     workers: int = 8

@@ -97,7 +97,7 @@ def deepspeed_config(
         "gradient_clipping": clip_grad,
         # round_robin_gradients on two ranks: safe_get_full_fp32_param gave other weights' values (DeepSpeed 0.19.8)
         "zero_optimization": {"stage": zero_stage, "round_robin_gradients": False},
-        # A gradient that isn't finite makes the next loss so, which the loop looks at; a check here reads the device each step.
+        # A gradient that isn't finite makes the next loss so, which the loop looks at; a check here reads the device.
         "bf16": {"enabled": bf16, "check_grad_overflow": False},
         "fp16": {"enabled": False},
         "data_types": {"grad_accum_dtype": "fp32"},
@@ -179,7 +179,7 @@ class Engine:
         weight_decay: of AdamW, see `parameter_groups`.
         opt_betas: AdamW's.
         seed: of the random numbers of a continuation whose own can't be restored.
-        regions: modules of `model` that are compiled: ZeRO-3 gathers each one's weights at once, and puts no hooks inside.
+        regions: modules of `model` that are compiled: ZeRO-3 gathers the weights of one at once, no hooks inside.
 
     `forward` takes what the model's forward takes; floating-point inputs in `dtype`.
     """
@@ -356,8 +356,10 @@ def save_state(folder: Path, state: Mapping[str, torch.Tensor], client_state: Ma
 
 
 def _leave_gradients_on_the_device() -> None:
-    """DeepSpeed makes a bool of the gradient's norm in each step, drops the step in silence where it isn't finite, and lets the
-    schedule lag from then on. Here such a step makes the weights NaN, and the loss after it, which the loop looks at.
+    """No bool of the gradient's norm in each step.
+
+    By itself DeepSpeed makes one, drops the step in silence where the norm isn't finite, and lets the schedule lag from
+    then on. Here such a step makes the weights NaN, and the loss after it, which the loop looks at.
     """
     for module in (
         deepspeed.runtime.bf16_optimizer,
@@ -378,7 +380,7 @@ _leave_gradients_on_the_device()
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """DeepSpeed prints memory reports while it sets up, and collects garbage before each, 0.3 s: of new objects only."""
+    """DeepSpeed prints memory reports while it sets up, and collects garbage before each, 0.3 s: of new objects."""
     gc.freeze()
     try:
         with contextlib.redirect_stdout(io.StringIO()):

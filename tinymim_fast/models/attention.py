@@ -151,8 +151,8 @@ def _try(kernel: str, head_dim: int, device: torch.device, dtype: torch.dtype, g
         reason = f"{error}".strip().split("\n")[0].split(". ")[0].rstrip(":") or type(error).__name__
         can = ["auto", *(name for name in KERNELS if name != kernel and _can_run(name, q, k, v))]
         raise InputError(
-            f"got {kernel}, which can't run on {architecture(device)} with {str(dtype).removeprefix('torch.')} and heads of "
-            f"width {head_dim}: {reason}; want {', '.join(can[:-1])} or {can[-1]}",
+            f"got {kernel}, which can't run on {architecture(device)} with {str(dtype).removeprefix('torch.')} and "
+            f"heads of width {head_dim}: {reason}; want {', '.join(can[:-1])} or {can[-1]}",
             argument="attention",
         ) from error
     if kernel == "xformers":  # without its own extension, only operators that PyTorch brings, called "...-pt"

@@ -47,8 +47,8 @@ def has_bf16(device: torch.device) -> bool:
 def lower_precision(model: nn.Module, precision: str, device: torch.device) -> torch.dtype:
     """Freeze a model in place, on `device`: evaluation mode, no gradients; returns the dtype of its inputs.
 
-    "int8" and "fp8" quantise each linear layer's weights once, row by row, and its inputs at each call; everything else, the
-    attention too, runs in bf16 (fp32 for int8 on a CPU).
+    "int8" and "fp8" quantise each linear layer's weights once, row by row, and its inputs at each call; everything
+    else, the attention too, runs in bf16 (fp32 for int8 on a CPU).
 
     Args:
         model: fp32.

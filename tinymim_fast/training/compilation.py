@@ -1,6 +1,6 @@
 """torch.compile of a model's blocks, one by one: names stay, and what can't be compiled runs eagerly.
 
-A whole model would be one graph that DeepSpeed's hooks break; its blocks, alike but for their weights, share one compiled graph.
+A whole model would be one graph that DeepSpeed's hooks break; its blocks, alike but for their weights, share one.
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ def wanted(choice: bool | str, device: torch.device) -> bool:
 class Compiler:
     """Compiles modules, and knows how long that took and what was compiled again. Used as a context, around the run.
 
-    A module is compiled where it is first called; those that are alike share a graph. More graphs than kinds of modules, or any
-    after the first step, mean that something of the input or of the model changes: that is a warning with the reason.
+    A module is compiled where it is first called; those that are alike share a graph. More graphs than kinds of
+    modules, or any after the first step, mean that something of the input or of the model changes: that is a warning with
+    the reason.
     """
 
     def __init__(self) -> None:
@@ -53,17 +54,17 @@ class Compiler:
         callback_handler.remove_end_callback(self._end)
 
     def compile(self, modules: Iterable[nn.Module]) -> None:
-        """From now on, each module's forward is compiled at its first call; hooks, DeepSpeed's among them, stay outside.
+        """From now on, each module's forward is compiled at its first call; hooks, DeepSpeed's too, stay outside.
 
-        Random numbers are drawn as eager modules draw them. Where the compiler is missing or fails, all modules run eagerly from
-        then on, and one line says so.
+        Random numbers are drawn as eager modules draw them. Where the compiler is missing or fails, all modules run
+        eagerly from then on, and one line says so.
         """
         for module in modules:
             self._kinds.add(f"{module!r} {module.training} {next(module.parameters()).dtype}")
             module.forward = self._compiled(module.forward)
 
     def after_step(self) -> float:
-        """Seconds that compiling took since the last call; says what was compiled, and warns of what was compiled again."""
+        """Seconds that compiling took since the last call; says what was compiled, warns of what was again."""
         seconds, self._seconds = self._seconds, 0.0
         if self._num_reported is None:
             self._num_reported = self.num_graphs
