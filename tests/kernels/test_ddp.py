@@ -60,7 +60,7 @@ if sys.argv[2] == "ddp":
     student = DistributedDataParallel(student, find_unused_parameters=True)
 else:
     mesh = init_device_mesh("cpu", (2,))
-    for block in vit.blocks if sys.argv[2] == "fsdp-blocks" else ():
+    for block in vit.blocks[:-1] if sys.argv[2] == "fsdp-blocks" else ():
         fully_shard(block, mesh=mesh)
     fully_shard(student, mesh=mesh)
 watched = [p for name, p in vit.named_parameters() if name in ("patch_embed.proj.weight", "blocks.1.attn.qkv.weight")]
