@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 import re
+import signal
+import sys
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -97,6 +102,7 @@ def batches(
             num_workers=min(workers, len(numbers)),
             prefetch_factor=prefetch if min(workers, len(numbers)) else None,
             pin_memory=device.type == "cuda",
+            worker_init_fn=partial(_end_with_parent, os.getpid()),
             generator=torch.Generator(),  # else it draws a seed from the global generator, which resuming must not
         )
     )
@@ -113,3 +119,15 @@ def batches(
     finally:
         if hasattr(loader, "_shutdown_workers"):  # now, not when the last traceback that holds it is dropped
             loader._shutdown_workers()
+            for worker in loader._workers:  # one that hangs in a read takes no other signal
+                worker.kill()
+
+
+def _end_with_parent(parent: int, _: int) -> None:
+    """A worker ends when the process `parent` does, and not by a signal to the whole group before it has saved."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    if sys.platform == "linux":  # even one that is stopped, or hangs in a read
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:
+        os._exit(1)
