@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
 VERSION = (HERE / "tinymim_fast" / "version.py").read_text().split('"')[1]
@@ -29,21 +29,13 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=[
-        "tinymim_fast",
-        "tinymim_fast.data",
-        "tinymim_fast.kernels",
-        "tinymim_fast.models",
-        "tinymim_fast.recipes",
-        "tinymim_fast.targets",
-        "tinymim_fast.tasks",
-        "tinymim_fast.training",
-    ],
+    # Without symbolic links, which some checkouts and archives lack, find_packages does not see the kernels.
+    packages=sorted({*find_packages(include=["tinymim_fast", "tinymim_fast.*"]), "tinymim_fast.kernels"}),
     package_dir={"tinymim_fast": "tinymim_fast", "tinymim_fast.kernels": "kernels"},
-    package_data={"tinymim_fast.recipes": ["*.yaml"]},
+    package_data={"tinymim_fast.recipes": ["*.yaml"], "tinymim_fast.kernels": ["*.cpp"]},
     install_requires=[
-        "torch>=2.6",
-        "triton>=3.2; platform_system == 'Linux'",
+        "torch>=2.9",  # pins triton 3.5, the first that compiles the kernels without spills
+        "triton>=3.5; platform_system == 'Linux'",
         "numpy>=1.26",
     ],
     extras_require={

@@ -10,6 +10,8 @@ For one (image, head), with p = softmax(scale * X Y^T) over the rows and S the s
 The gradient needs nothing that the loss has not already computed, so it is formed while the maps are still in
 cache. The difference p_s - p_t is taken in the working dtype, before any rounding: near convergence it is all
 that is left.
+
+On a CPU with a C++ compiler the same is done by compiled loops: cpu.py.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,6 +19,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from tinymim_fast.kernels import cpu
 from tinymim_fast.kernels.reference import MASKED_LOGIT, padding_mask, working_dtype
 
 # Bytes of one of the three maps of a chunk: large enough to pay for the calls, small enough for the caches.
@@ -53,9 +56,23 @@ def relation_kl(
         (B, H, N) row losses, 0 beyond the length; fp64 where an input is fp64, else fp32. None with `row_weights`:
         a backward pass has no use for them.
 
-    Memory: three maps, each of at most CPU_MAP_BYTES or DEVICE_MAP_BYTES, or of N * N if that is more.
+    Memory: where cpu.py takes the tensors, what it says; else three maps, each of at most CPU_MAP_BYTES or
+        DEVICE_MAP_BYTES, or of N * N if that is more.
     Deterministic wherever torch.bmm is. fp32 products follow torch.get_float32_matmul_precision().
     """
+    if cpu.takes(x_s, x_t):
+        return cpu.relation_kl(
+            x_s,
+            y_s,
+            x_t,
+            y_t,
+            scale_s=scale_s,
+            scale_t=scale_t,
+            lengths=lengths,
+            row_weights=row_weights,
+            d_x=d_x,
+            d_y=d_y,
+        )
     num_images, num_heads, num_tokens, _ = x_s.shape
     dtype = working_dtype(x_s, x_t)
     rows = x_s.new_empty(num_images, num_heads, num_tokens, dtype=dtype)

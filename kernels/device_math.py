@@ -64,9 +64,9 @@ def locate(pid, num_heads, num_relations, projections):
     head = pid % num_heads
     relation = (pid // num_heads) % num_relations
     image = pid // (num_heads * num_relations)
-    code = projections >> (4 * relation)
     # 64 bits: tensors may have more than 2^31 elements.
-    return image.to(tl.int64), head.to(tl.int64), (code & 3).to(tl.int64), ((code >> 2) & 3).to(tl.int64)
+    code = (projections >> (4 * relation)).to(tl.int64)
+    return image.to(tl.int64), head.to(tl.int64), code & 3, (code >> 2) & 3
 
 
 @triton.jit

@@ -51,8 +51,9 @@ def relation_kl(
         ValueError: an argument's shape, dtype, device, strides or value is wrong, or backend "triton" cannot take it.
 
     Memory: "triton" keeps the student's gradient and five numbers per row, and copies x and y of a side whose
-    strides differ; "chunked" keeps three maps of a chunk (6 MiB on the CPU, 192 MiB elsewhere, or 3 N * N if that
-    is more) and the student's gradient; "reference" keeps whole (B, H, N, N) maps.
+    strides differ; "chunked" keeps the student's gradient, and on a CPU with a C++ compiler one head's
+    projections and 32 rows of maps a thread (cpu.py), elsewhere three maps of a chunk (6 MiB on a CPU, 192 MiB on
+    other devices, or 3 N * N if that is more); "reference" keeps whole (B, H, N, N) maps.
 
     Source: TinyMIM, CVPR 2023, arXiv 2301.01296.
     """

@@ -84,13 +84,14 @@ def statistics_kernel(
     weighted = tl.zeros([BLOCK_QUERIES], tl.float32)
 
     for start in tl.range(0, length, BLOCK_KEYS, num_stages=NUM_STAGES):
-        offs_k = start + tl.arange(0, BLOCK_KEYS).to(tl.int64)
+        offs_k = start + tl.arange(0, BLOCK_KEYS)
         mask_k = offs_k < length
+        rows_k = offs_k.to(tl.int64)[:, None]
         y_s = tl.load(
-            y_s_ptr + offs_k[:, None] * stride_s_n + offs_d_s[None, :], mask=mask_k[:, None] & mask_d_s, other=0.0
+            y_s_ptr + rows_k * stride_s_n + offs_d_s[None, :], mask=mask_k[:, None] & mask_d_s, other=0.0
         )  # (keys, D_s)
         y_t = tl.load(
-            y_t_ptr + offs_k[:, None] * stride_t_n + offs_d_t[None, :], mask=mask_k[:, None] & mask_d_t, other=0.0
+            y_t_ptr + rows_k * stride_t_n + offs_d_t[None, :], mask=mask_k[:, None] & mask_d_t, other=0.0
         )  # (keys, D_t)
         a = tl.dot(x_t, tl.trans(y_t), input_precision=PRECISION_T) * bits_t  # (queries, keys)
         b = tl.dot(x_s, tl.trans(y_s), input_precision=PRECISION_S) * bits_s

@@ -1,8 +1,10 @@
 """Backend "triton": which kernel, with which tile, on which tensors."""
 
 import contextlib
+import importlib.metadata
 import importlib.util
 import os
+import re
 from collections.abc import Sequence
 from functools import cache
 
@@ -17,7 +19,22 @@ Tile = tiles.SinglePassTile | tiles.TiledTile
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_HEAD_DIM = 128
 
-HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+def _triton_version() -> tuple[int, ...] | None:
+    """(major, minor), None where there is no Triton. Reads the package's metadata: importing it takes its time."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    for name in ("triton", "pytorch-triton-rocm", "pytorch-triton", "triton-rocm"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return tuple(int(part) for part in re.findall(r"\d+", importlib.metadata.version(name))[:2])
+    import triton  # built from source, or under another name
+
+    return tuple(int(part) for part in re.findall(r"\d+", triton.__version__)[:2])
+
+
+TRITON_VERSION = _triton_version()
+# For sm_90, 3.2 aborts the process, 3.3 does not compile the kernels and 3.4 spills.
+OLDEST_TRITON = (3, 5)
 # Kernels run in Triton's interpreter, on the CPU. Triton reads this when it is imported; so does this module.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -128,8 +145,11 @@ def problem(operands: Operands, arch: str | None = None) -> tiles.Problem:
 
 def why_not(x_s: Tensor, x_t: Tensor) -> str | None:
     """Why this backend cannot take the tensors (B, H, N, D); None if it can."""
-    if not HAS_TRITON:
+    if TRITON_VERSION is None:
         return "but triton is not installed"
+    if TRITON_VERSION < OLDEST_TRITON:
+        got, want = (".".join(map(str, version)) for version in (TRITON_VERSION, OLDEST_TRITON))
+        return f"but triton is {got}; it needs at least {want}, which torch 2.9 brings"
     device = x_s.device
     if device.type != "cuda" and not (device.type == "cpu" and INTERPRETED):
         return (

@@ -70,7 +70,7 @@ def full_disks(folder: Path, images: Path, teacher: Path) -> dict:
             flags_here = distill_flags(images, teacher, disk / "run", **flags)
             code, text = run_forked("train", *flags_here)
             assert code == EXIT_INPUT and "can't be saved" in text and "Traceback" not in text, text
-            assert len(list_checkpoints(disk / "run")) == 1
+            assert list_checkpoints(disk / "run"), "the first one had room"
             kills.assert_complete(disk / "run")
             assert not list((disk / "run").glob("checkpoints/tmp_*")), "something half-written is left"
             kills.resize(disk, 4 * needs)

@@ -8,9 +8,13 @@ import pytest
 import torch
 
 from support.programs import TINY, run_training
+from tinymim_fast.data.views import EvalView
 from tinymim_fast.errors import EXIT_INPUT
-from tinymim_fast.evaluate import extract_features, knn_accuracy
-from tinymim_fast.models.checkpoints import ModelInfo, save_weights
+from tinymim_fast.evaluation.features import extract_features
+from tinymim_fast.evaluation.knn import knn_accuracy
+from tinymim_fast.evaluation.splits import find_splits
+from tinymim_fast.models.checkpoints import save_weights
+from tinymim_fast.models.model_info import ModelInfo
 from tinymim_fast.models.taps import Place, Taps
 from tinymim_fast.models.vit import create_vit, head_layout
 
@@ -37,18 +41,11 @@ def test_three_ranks_count_each_image_once(image_folder, checkpoint, tmp_path):
     )
     assert code == 0, output
     theirs = np.load(tmp_path / "features.npz")
-    options = {
-        "img_size": 32,
-        "mean": (0.485, 0.456, 0.406),
-        "std": (0.229, 0.224, 0.225),
-        "batch_size": 32,
-        "workers": 1,
-    }
     taps = Taps(vit.eval(), [Place("norm1", len(vit.blocks))])
-    ours = {
-        split: extract_features(taps, str(image_folder), split, device=torch.device("cpu"), **options)
-        for split in ("train", "val")
-    }
+    view = EvalView(img_size=32, resize_size=37)
+    options = {"batch_size": 32, "workers": 1, "device": torch.device("cpu")}
+    splits = dict(zip(("train", "val"), find_splits(str(image_folder), workers=1)))
+    ours = {split: extract_features(taps, index, view, **options) for split, index in splits.items()}
     for split, count in (("train", 96), ("val", 32)):
         features, labels = ours[split]
         assert len(labels) == count and theirs[f"{split}_y"].tolist() == labels.tolist()

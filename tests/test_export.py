@@ -1,5 +1,4 @@
 import json
-import math
 
 import pytest
 import safetensors
@@ -13,7 +12,7 @@ from support.runs import distil
 from tinymim_fast import export
 from tinymim_fast.config import parse
 from tinymim_fast.errors import InputError
-from tinymim_fast.evaluate import evaluate_knn, knn_accuracy
+from tinymim_fast.evaluate import evaluate_knn
 from tinymim_fast.models.checkpoints import latest_checkpoint, load_encoder, read_weights
 from tinymim_fast.tasks import distill
 
@@ -76,21 +75,6 @@ def test_pretrained_checkpoints_export_without_their_decoder(image_folder, teach
     save_weights(tmp_path, {**vit.state_dict(), "decoder_pred.bias": torch.zeros(3)}, info)
     export.export(str(tmp_path), tmp_path / "out")
     assert not any(k.startswith("decoder") for k in read_weights(tmp_path / "out")[0])
-
-
-def test_knn_votes_by_similarity():
-    """Written out with loops: standardised features, cosines, exponential votes of the k nearest."""
-    generator = torch.Generator().manual_seed(0)
-    x, queries = torch.randn(30, 4, generator=generator) * 3 + 1, torch.randn(20, 4, generator=generator) * 3 + 1
-    y, truth = torch.arange(30) % 3, torch.arange(20) % 3
-    z = [(f - x.mean(0)) / x.std(0) for f in (x, queries)]
-    correct = 0
-    for query, label in zip(z[1], truth.tolist(), strict=True):
-        cosines = [float(torch.cosine_similarity(query, other, dim=0)) for other in z[0]]
-        nearest = sorted(range(30), key=lambda i: -cosines[i])[:5]
-        votes = [sum(math.exp(cosines[i] / 0.5) for i in nearest if y[i] == c) for c in range(3)]
-        correct += votes.index(max(votes)) == label
-    assert knn_accuracy((x, y), (queries, truth), k=5, temperature=0.5) == correct / 20
 
 
 def test_knn_of_a_checkpoint(run, image_folder):

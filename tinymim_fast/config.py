@@ -32,6 +32,9 @@ class RunConfig:
     Args:
         data_path: image folder, `DIR/<class>/*.jpg`, or a folder that holds it as `DIR/train`; tar shards,
             `DIR/train-*.tar`; or an index that `python -m tinymim_fast.data.scan` wrote.
+        split: which of the folders or shards in `data_path`: "train", or a folder's name.
+        layout: what `data_path` holds where its listing says two things: "splits", "classes" or "shards".
+        max_image_pixels: larger images count as damaged.
         max_bad_files: largest share of the images that may be damaged; they are replaced, more stop the run.
         output_dir: checkpoints, metrics and the resolved configuration go here.
         img_size: side of the square input, pixels.
@@ -73,6 +76,8 @@ class RunConfig:
     FREE_ON_RESUME: ClassVar[frozenset[str]] = frozenset(
         [
             "data_path",
+            "split",
+            "layout",
             "max_bad_files",
             "output_dir",
             "loader",
@@ -100,6 +105,9 @@ class RunConfig:
     hflip: float = 0.5
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
+    split: str = "train"
+    layout: Literal["auto", "splits", "classes", "shards"] = "auto"
+    max_image_pixels: int = 89_478_485
     max_bad_files: float = 0.001
     loader: Literal["auto", "dali", "torchvision"] = "auto"
     workers: int = 8

@@ -10,6 +10,11 @@ EXIT_NON_FINITE = 3  # the loss became NaN or Inf
 EXIT_TERMINATED = 75  # SIGTERM: saved; start the same command again to go on (EX_TEMPFAIL)
 
 
+def printable(text: str) -> str:
+    """`text` with what could move a terminal's cursor or break a line written as an escape, e.g. in a hostile file name."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+
+
 class InputError(ValueError):
     """An argument, file or folder that can't be used; the message names it and the way out.
 
@@ -24,7 +29,7 @@ class InputError(ValueError):
         self.argument = argument
 
     def __str__(self) -> str:
-        message = super().__str__()
+        message = printable(super().__str__())
         return message if self.argument is None else f"{self.argument}: {message}"
 
 

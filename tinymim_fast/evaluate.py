@@ -7,111 +7,39 @@ torchrun --nproc-per-node 8 -m tinymim_fast.evaluate CHECKPOINT --data-path DIR
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 
-from tinymim_fast.data import build_eval_loader, find_images
-from tinymim_fast.data.views import IMAGENET_MEAN, IMAGENET_STD, EvalView
+from tinymim_fast.checkpoint_flags import CHECKPOINT_FLAGS, add_checkpoint_arguments, checkpoint_arguments
+from tinymim_fast.data.views import EvalView
+from tinymim_fast.distributed import complete_environment, join
 from tinymim_fast.errors import EXIT_INPUT, InputError, flags
+from tinymim_fast.evaluation.features import extract_features, gather_rows
+from tinymim_fast.evaluation.knn import knn_accuracy
+from tinymim_fast.evaluation.splits import find_splits
 from tinymim_fast.models.checkpoints import load_encoder
+from tinymim_fast.models.model_info import ModelInfo
+from tinymim_fast.models.preprocessing import Preprocessing
 from tinymim_fast.models.taps import Place, Taps
 from tinymim_fast.models.vit import create_vit, freeze, init_mae_style
 
-
-@torch.inference_mode()
-def extract_features(
-    taps: Taps,
-    data_path: str,
-    split: str,
-    *,
-    img_size: int,
-    mean: Sequence[float],
-    std: Sequence[float],
-    batch_size: int,
-    workers: int,
-    device: torch.device,
-    rank: int = 0,
-    world_size: int = 1,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Features (n, C), fp32 on the CPU, and labels (n,) of this rank's part of a split.
-
-    A feature is the mean over patch tokens at the place that is tapped. What the last block's qkv projection reads is, for a
-    distilled student, the last thing that the relation loss trained.
-    """
-    (place,) = taps.places
-    index = find_images(data_path, split=split, workers=workers)
-    features, labels = [torch.empty(0, taps.widths[place])], [torch.empty(0, dtype=torch.int64)]
-    view = EvalView(img_size=img_size, resize_size=round(img_size * 256 / 224), mean=mean, std=std)
-    with build_eval_loader(
-        index, view, batch_size=batch_size, rank=rank, world_size=world_size, device=device, workers=workers
-    ) as loader:
-        for images, targets, _ in loader:
-            tokens = taps(images)[place][:, taps.num_prefix_tokens :]
-            features.append(tokens.float().mean(1).cpu())
-            labels.append(torch.as_tensor(targets).cpu())
-    return torch.cat(features), torch.cat(labels)
-
-
-def gather(parts: Sequence[torch.Tensor], group: dist.ProcessGroup | None) -> list[torch.Tensor]:
-    """Each tensor with the rows of all ranks, in their order, on rank 0; no rows elsewhere. Collective, on the host."""
-    if group is None:
-        return list(parts)
-    rank, counts = dist.get_rank(group), [None] * dist.get_world_size(group)
-    dist.all_gather_object(counts, len(parts[0]), group=group)
-    whole = []
-    for part in parts:
-        if rank:
-            dist.send(part.contiguous(), 0, group)
-            whole.append(part[:0])
-        else:
-            rows = [part, *(part.new_empty(count, *part.shape[1:]) for count in counts[1:])]
-            for source, received in enumerate(rows[1:], 1):
-                dist.recv(received, source, group)
-            whole.append(torch.cat(rows))
-    return whole
-
-
-def knn_accuracy(
-    train: tuple[torch.Tensor, torch.Tensor],
-    val: tuple[torch.Tensor, torch.Tensor],
-    *,
-    k: int = 20,
-    temperature: float = 0.07,
-) -> float:
-    """Top-1 accuracy, 0 to 1, of the weighted k-NN classifier of DINO (arXiv 2104.14294).
-
-    Each of the `k` nearest training features votes for its class with `exp(cosine / temperature)`. Features are
-    standardised first, by the mean and standard deviation of each channel over the training features.
-
-    Args:
-        train: features (n, C) and labels (n,).
-        val: the same, of what is classified.
-        k: neighbours.
-        temperature: of the votes.
-    """
-    (x, y), (queries, truth) = train, val
-    std, mean = torch.std_mean(x, dim=0)
-    x, queries = (F.normalize((f - mean) / (std + 1e-6), dim=1) for f in (x, queries))
-    num_classes = int(y.max()) + 1
-    correct = 0
-    for chunk, labels in zip(queries.split(1024), truth.split(1024), strict=True):
-        similarity, nearest = (chunk @ x.T).topk(min(k, len(x)), dim=1)
-        votes = chunk.new_zeros(len(chunk), num_classes)
-        votes.scatter_add_(1, y[nearest], (similarity / temperature).exp())
-        correct += int((votes.argmax(1) == labels).sum())
-    return correct / len(queries)
+logger = logging.getLogger("tinymim_fast")
+Value = TypeVar("Value")
 
 
 def evaluate_knn(
     checkpoint: str,
     data_path: str,
     *,
+    model: str | None = None,
+    model_kwargs: Mapping[str, Any] | None = None,
+    key: str | None = None,
     untrained: bool = False,
     batch_size: int = 64,
     workers: int = 2,
@@ -120,14 +48,23 @@ def evaluate_knn(
 ) -> float | None:
     """k-NN accuracy of a checkpoint, or of the same architecture with fresh weights; None on other ranks than 0.
 
+    Images are made as the checkpoint's were: size, mean, standard deviation and crop are its own where it says them.
+
     Args:
+        checkpoint: see `load_encoder`, as `model`, `model_kwargs` and `key`.
+        data_path: see `find_splits`.
+        untrained: fresh weights instead of the checkpoint's.
+        batch_size: images per forward pass of a rank.
+        workers: decoding threads or processes of a rank.
+        seed: of fresh weights.
         group: ranks, of a backend that sends CPU tensors, that share the images among them; each image counts once.
 
     Raises:
-        InputError: no checkpoint, or no such folders.
+        InputError: no checkpoint, no such folders, labels that say nothing, or an image that can't be decoded; the
+            same error on every rank.
     """
-    vit, info = load_encoder(checkpoint)
-    img_size = info.model_kwargs["img_size"]
+    vit, info = _on_all(group, lambda: load_encoder(checkpoint, model=model, model_kwargs=model_kwargs, key=key))
+    splits = _on_all(group, lambda: find_splits(data_path, workers=workers))
     if untrained:
         torch.manual_seed(seed)
         vit = create_vit(info.architecture, **info.model_kwargs)
@@ -135,45 +72,82 @@ def evaluate_knn(
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     taps = freeze(Taps(vit, [Place("norm1", len(vit.blocks))]), torch.float32, device)
     options = {
-        "img_size": img_size,
-        "mean": info.recipe.get("mean", IMAGENET_MEAN),
-        "std": info.recipe.get("std", IMAGENET_STD),
         "batch_size": batch_size,
         "workers": workers,
         "device": device,
         "rank": dist.get_rank(group) if group else 0,
         "world_size": dist.get_world_size(group) if group else 1,
     }
-    train, val = (gather(extract_features(taps, data_path, split, **options), group) for split in ("train", "val"))
+    view = eval_view(info, checkpoint)
+    parts = [_on_all(group, lambda split=split: extract_features(taps, split, view, **options)) for split in splits]
+    train, val = (gather_rows(part, group) for part in parts)
     return knn_accuracy(train, val) if len(val[0]) else None
 
 
+def eval_view(info: ModelInfo, checkpoint: str) -> EvalView:
+    """The images that a model expects; says what was assumed where its file says nothing."""
+    expects = info.expects
+    if expects is None:
+        expects = Preprocessing()
+        logger.warning("%s does not say how its images were made; assumed: %s", checkpoint, expects)
+    if expects.interpolation != "bicubic":
+        logger.warning(
+            "%s: images resized by %s were expected; resized bicubically here", checkpoint, expects.interpolation
+        )
+    img_size = info.model_kwargs["img_size"]
+    return EvalView(img_size=img_size, resize_size=expects.resize_size(img_size), mean=expects.mean, std=expects.std)
+
+
+def _on_all(group: dist.ProcessGroup | None, make: Callable[[], Value]) -> Value:
+    """What `make` gives on this rank, once it gave something on all; an `InputError` of one is raised on all."""
+    value, error = None, None
+    try:
+        value = make()
+    except InputError as caught:
+        error = caught
+    errors = [error]
+    if group is not None:
+        errors = [None] * dist.get_world_size(group)
+        dist.all_gather_object(errors, error, group=group)
+    for error in errors:
+        if error is not None:
+            raise error
+    return value
+
+
 def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m tinymim_fast.evaluate", description=__doc__.split("\n")[0])
-    parser.add_argument("checkpoint", help="a run's output folder, a checkpoint, an export, or timm:NAME")
+    add_checkpoint_arguments(parser)
     parser.add_argument("--data-path", required=True, help="folder with train/<class>/ and val/<class>/")
     parser.add_argument("--batch-size", type=int, default=64, help="images per forward pass of a rank")
     parser.add_argument("--workers", type=int, default=2, help="decoding threads or processes of a rank")
-    parser.add_argument(
-        "--local_rank", help=argparse.SUPPRESS
-    )  # the DeepSpeed launcher adds it; the environment has it
+    # the DeepSpeed launcher adds it; the environment has it
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    rank = int(os.environ.get("RANK", 0))
-    group = None
+    logging.basicConfig(format="evaluate: %(message)s", level=logging.WARNING)
+    rank, group = 0, None
     try:
-        if "RANK" in os.environ:
-            if torch.cuda.is_available():
-                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-            dist.init_process_group("gloo")
-            group = dist.group.WORLD
-        with flags(source="CHECKPOINT", model="CHECKPOINT"):
+        with flags(**CHECKPOINT_FLAGS, data_path="--data-path"):
+            options = checkpoint_arguments(args)
+            if "RANK" in os.environ:
+                local_rank = complete_environment()
+                if torch.cuda.is_available():
+                    torch.cuda.set_device(local_rank % torch.cuda.device_count())
+                join("gloo")
+                rank, group = dist.get_rank(), dist.group.WORLD
+                logger.setLevel(logging.ERROR if rank else logging.NOTSET)
             accuracy = evaluate_knn(
-                args.checkpoint, args.data_path, batch_size=args.batch_size, workers=args.workers, group=group
+                args.checkpoint,
+                args.data_path,
+                **options,
+                batch_size=args.batch_size,
+                workers=args.workers,
+                group=group,
             )
     except InputError as error:
-        if rank:
-            time.sleep(3)  # rank 0 most likely says the same, and its exit makes the launcher end this process
-        print(f"evaluate: {error}", file=sys.stderr, flush=True)
+        if not rank:  # every rank has it
+            print(f"evaluate: {error}", file=sys.stderr, flush=True)
         return EXIT_INPUT
     finally:
         if group is not None:

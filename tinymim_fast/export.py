@@ -7,75 +7,102 @@ timm.create_model("local-dir:OUT", pretrained=True)
 from __future__ import annotations
 
 import argparse
-import os
-import shutil
+import json
+import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from timm.models import save_for_hf
 
-from tinymim_fast.config import IMAGENET_MEAN, IMAGENET_STD
+from tinymim_fast.checkpoint_flags import CHECKPOINT_FLAGS, add_checkpoint_arguments, checkpoint_arguments
 from tinymim_fast.errors import EXIT_INPUT, InputError, flags
-from tinymim_fast.models.checkpoints import load_encoder, save_weights
+from tinymim_fast.files import whole_folder
+from tinymim_fast.models.checkpoints import TIMM_CONFIG, load_encoder, save_weights
+from tinymim_fast.models.preprocessing import Preprocessing
 
 
-def export(checkpoint: str, out: Path) -> None:
+def export(
+    checkpoint: str,
+    out: Path,
+    *,
+    model: str | None = None,
+    model_kwargs: Mapping[str, Any] | None = None,
+    key: str | None = None,
+) -> bool:
     """Write `out/model.safetensors` (fp32, timm's names) and `out/config.json` (timm's, with "tinymim_fast" added).
 
-    Both carry the head layout and the recipe, so nothing about the model has to be remembered. `out` appears whole or not
-    at all.
+    Both carry the head layout and the recipe, so nothing about the model has to be remembered; the config has the
+    mean, standard deviation, size and crop of the images that the model expects. `out` appears whole or not at all.
 
     Args:
-        checkpoint: a run's output folder (its newest checkpoint), one of its checkpoints, or a teacher file.
+        checkpoint: see `load_encoder`, as `model`, `model_kwargs` and `key`.
         out: folder to make; must not exist, or be empty.
 
+    Returns:
+        Whether plain timm loads it. No model of timm's has another number of heads in another block; an export that
+        has names `tinymim_fast_vit`, which timm knows after `import tinymim_fast.models`, and fails without it.
+
     Raises:
-        InputError: no checkpoint, or `out` holds something.
+        InputError: no checkpoint (argument "source"), or `out` holds something or can't be written (argument "out").
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"OUT {out}: exists already; choose another folder or remove it")
-    vit, info = load_encoder(checkpoint)
-    recipe = info.recipe
-    temporary = out.with_name(out.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+        raise InputError(f"{out}: exists already; choose another folder or remove it", argument="out")
+    vit, info = load_encoder(checkpoint, model=model, model_kwargs=model_kwargs, key=key)
+    heads = info.head_layout["num_heads"]
+    expects, img_size = info.expects or Preprocessing(), info.model_kwargs["img_size"]
+    args = {**info.model_kwargs, "num_heads": heads[0]}
     try:
-        temporary.mkdir(parents=True)
-        save_for_hf(
-            vit,
-            str(temporary),
-            model_config={"tinymim_fast": asdict(info)},
-            model_args=info.model_kwargs,
-            safe_serialization=True,
-            data_config={
-                "input_size": (3, info.model_kwargs["img_size"], info.model_kwargs["img_size"]),
-                "mean": tuple(recipe.get("mean", IMAGENET_MEAN)),
-                "std": tuple(recipe.get("std", IMAGENET_STD)),
-                "interpolation": "bicubic",
-            },
-        )
-        save_weights(temporary, vit.state_dict(), info)  # the same weights, with the description in the file as well
-        if out.exists():
-            out.rmdir()
-        os.rename(temporary, out)
+        with whole_folder(out) as temporary:
+            save_for_hf(
+                vit,
+                str(temporary),
+                model_config={"tinymim_fast": asdict(info)},
+                model_args=args,
+                safe_serialization=True,
+                data_config={**asdict(expects), "input_size": (3, img_size, img_size)},
+            )
+            _correct(temporary / TIMM_CONFIG, info.architecture, heads)
+            save_weights(
+                temporary, vit.state_dict(), info
+            )  # the same weights, with the description in the file as well
     except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise InputError(f"OUT {out}: can't be written: {error}") from error
+        raise InputError(f"{out}: can't be written: {error}", argument="out") from error
+    return len(set(heads)) == 1
+
+
+def _correct(path: Path, architecture: str, heads: Sequence[int]) -> None:
+    """Make timm's config name the model that has these heads, and not the licence of timm's own weights."""
+    config = json.loads(path.read_text())
+    for key in ("tag", "license", "origin_url", "paper_ids", "paper_name", "notes"):
+        config["pretrained_cfg"].pop(key, None)
+    if len(set(heads)) > 1:
+        config["architecture"] = "tinymim_fast_vit"
+        config["model_args"] = {**config["model_args"], "base": architecture, "num_heads": list(heads)}
+    path.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m tinymim_fast.export", description=__doc__.split("\n")[0])
-    parser.add_argument("checkpoint", help="a run's output folder, or one of its checkpoints")
-    parser.add_argument("out", type=Path, help="folder to make")
+    add_checkpoint_arguments(parser)
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder to make")
     args = parser.parse_args(argv)
+    logging.basicConfig(format="export: %(message)s", level=logging.WARNING)
     try:
-        with flags(source="CHECKPOINT", model="CHECKPOINT"):
-            export(args.checkpoint, args.out)
+        with flags(**CHECKPOINT_FLAGS, out="OUT"):
+            plain = export(args.checkpoint, args.out, **checkpoint_arguments(args))
     except InputError as error:
         print(f"export: {error}", file=sys.stderr)
         return EXIT_INPUT
     print(f"{args.out}: timm.create_model('local-dir:{args.out}', pretrained=True)")
+    if not plain:
+        print(
+            "Its blocks have different numbers of heads, which plain timm can't have: `import tinymim_fast.models` "
+            "first. With one number of heads everywhere these weights give other features."
+        )
     return 0
 
 

@@ -38,7 +38,7 @@ from tinymim_fast.training.metrics import read_metrics
 
 DAMAGED = {
     "disc/empty.jpg": "empty",
-    "disc/huge.jpg": "huge: more than 178,956,970 pixels",
+    "disc/huge.jpg": "huge: more than 89,478,485 pixels",
     "disc/text.jpg": "non-image",
     "disc/truncated.jpg": "truncated: image file is truncated",
 }
@@ -131,8 +131,7 @@ def test_a_damaged_file_costs_its_sample_alone(damageable_index, loader_name, de
             other = draw_replacements(victim, len(index), 1, seed=1, epoch=epoch)[0]
             assert loader.plan.read_ids(number, loader.bad_files)[i] == other != victim
     for number, (views, bad) in enumerate(found):
-        if number < 3:
-            assert not bad
+        assert bad.keys() <= {victim}
         changed = [i for i in range(8) if not torch.equal(views[:, i], sound[number][:, i])]
         assert changed == [i for n, i in positions if n == number]
     # A loader that knows, a later start and two ranks have the same.

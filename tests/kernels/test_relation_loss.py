@@ -7,6 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from support.relations import assert_relation_loss_as_exact, heads_of, loss_and_grad, packed, pytorch_loss
 from tinymim_fast.kernels import RelationLoss, relation_kl, relation_loss
 
+pytestmark = pytest.mark.usefixtures("loops")
 BACKENDS = ["reference", "chunked"]
 
 # (B, N, heads, D_s, D_t)

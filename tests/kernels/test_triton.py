@@ -168,6 +168,16 @@ def test_strides(place_of_kernel, assert_as_exact):
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_x_and_y_of_other_strides_are_copied(reduction, place_of_kernel, assert_as_exact, poisoned):
+    """The kernels have one set of strides a side; gradients come out right in either's layout."""
+    x_s, y_s, x_t, y_t = on(place_of_kernel, inputs((2, 3, 17, 8, 16)))
+    tokens_first = [z.transpose(1, 2).contiguous().transpose(1, 2) for z in (y_s, x_t)]
+    assert_relation_kl_as_exact(
+        assert_as_exact, [x_s, tokens_first[0], tokens_first[1], y_t], place_of_kernel[1], "triton", reduction=reduction
+    )
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_requires_grad_subsets(reduction, place_of_kernel, poisoned):
     x_s, y_s, x_t, y_t = on(place_of_kernel, inputs((2, 3, 17, 8, 8)))
     kwargs = {"reduction": reduction, "backend": "triton"}
@@ -454,7 +464,10 @@ def test_why_it_cannot_run(monkeypatch):
         relation_kl(*(z.double() for z in tensors), backend="triton")
     with pytest.raises(ValueError, match=r"^backend: got 'triton', on heads of width 129; it takes at most 128"):
         relation_kl(*inputs((1, 1, 5, 129, 4)), backend="triton")
-    monkeypatch.setattr(triton_backend, "HAS_TRITON", False)
+    monkeypatch.setattr(triton_backend, "TRITON_VERSION", (3, 4))
+    with pytest.raises(ValueError, match=r"^backend: got 'triton', but triton is 3.4; it needs at least 3.5"):
+        relation_kl(*tensors, backend="triton")
+    monkeypatch.setattr(triton_backend, "TRITON_VERSION", None)
     with pytest.raises(ValueError, match=r"^backend: got 'triton', but triton is not installed"):
         relation_kl(*tensors, backend="triton")
 

@@ -18,7 +18,7 @@ SMALL = {"patch_size": 8, "embed_dim": 48, "depth": 4, "num_heads": 3}
 
 @pytest.mark.parametrize("name", ["resnet10t", "eva02_tiny_patch14_224", "no_such_model"])
 def test_other_models_are_refused(name):
-    with pytest.raises(InputError, match=f"model: {name}: "):
+    with pytest.raises(InputError, match=f"model: .*{name}"):
         create_vit(name, img_size=224)
 
 

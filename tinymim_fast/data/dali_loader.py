@@ -1,13 +1,12 @@
 """The fast loader: NVIDIA DALI applies the parameters of a plan, on the GPU or, without one, on the CPU.
 
-One graph serves both, but for two operations that PyTorch and PIL do faster on a CPU. Files are read and decoded
-once for both views, and only the crop is decoded. Sizes, anchors and jitter come from the plan, so the views agree
+One graph serves both, but for two operations that PyTorch and PIL do faster on a CPU. Files are read (dali_source.py) and
+decoded once for both views, and only the crop is decoded. Sizes, anchors and jitter come from the plan, so the views agree
 with PIL and torchvision up to rounding.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -21,9 +20,10 @@ from nvidia.dali.pipeline import do_not_convert
 from PIL import Image, ImageEnhance
 
 from tinymim_fast.data.bad_files import BadFiles
-from tinymim_fast.data.draws import BRIGHTNESS, CONTRAST, ViewDraws
+from tinymim_fast.data.dali_source import DaliSource
+from tinymim_fast.data.draws import BRIGHTNESS, CONTRAST
 from tinymim_fast.data.errors import DataError, ImageError, name_some
-from tinymim_fast.data.plan import CenterCrops, EvalPlan, TrainPlan
+from tinymim_fast.data.plan import EvalPlan, TrainPlan
 
 _GREY = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # PIL's "L"
 _TRUNCATE = -0.499  # DALI rounds to uint8, PIL's blend truncates
@@ -53,10 +53,9 @@ def batches(
     queue = {"prefetch_queue_depth": prefetch, **dali_kwargs}
     decoder = {key: queue.pop(key) for key in _DECODER_KWARGS if key in queue}
 
-    def build(files: Iterable, inputs: Iterable, **options) -> Pipeline:
+    def build(source: Iterable, **options) -> Pipeline:
         return (_train_graph if isinstance(plan, TrainPlan) else _eval_graph)(
-            files=files,
-            inputs=inputs,
+            source=source,
             plan=plan,
             normalize={
                 "mean": [255 * m for m in plan.view.mean],
@@ -71,14 +70,15 @@ def batches(
             **options,
         )
 
-    with ThreadPoolExecutor(max(1, workers)) as threads:  # starts none before it is given work: on a GPU, never
+    num_threads = max(1, workers)
+    with ThreadPoolExecutor(num_threads, "tinymim_fast") as threads:
+        source = DaliSource(plan, bad_files, threads, num_threads, queue["prefetch_queue_depth"] + 4)
         done = 0
         while done < len(numbers):  # once, and again after each batch with a file that can't be decoded
             pipeline = build(
-                (_files(plan, number, bad_files) for number in numbers[done:]),
-                (_inputs(plan, number, bad_files) for number in numbers[done:]),
+                source.batches(numbers[done:]),
                 batch_size=plan.batch_size,
-                num_threads=max(1, workers),
+                num_threads=num_threads,
                 **queue,
             )
             failure = None
@@ -96,21 +96,16 @@ def batches(
             finally:
                 pipeline._shutdown()  # now, not when the last traceback that holds the pipeline is dropped
             if failure is not None:
-                _single_out(plan, bad_files, numbers[done], build, failure)
+                _single_out(source, numbers[done], build, failure)
 
 
-def _single_out(
-    plan: TrainPlan | EvalPlan,
-    bad_files: BadFiles,
-    number: int,
-    build: Callable[..., Pipeline],
-    failure: RuntimeError,
-) -> None:
+def _single_out(source: DaliSource, number: int, build: Callable[..., Pipeline], failure: RuntimeError) -> None:
     """Put the samples of a batch that can't be decoded into the ledger: DALI fails a batch without saying which.
 
     Raises:
         DataError: in evaluation, or where none fails alone.
     """
+    plan, bad_files = source.plan, source.bad_files
     read_ids = plan.read_ids(number, bad_files).tolist()
     damage = {}
     for sample_id in read_ids:
@@ -119,7 +114,7 @@ def _single_out(
         except ImageError as error:
             damage[sample_id] = error
     if not damage:  # what PIL can decode is not what DALI can
-        for i in _failing_alone(plan, bad_files, number, build):
+        for i in _failing_alone(source, number, build):
             file, cause = plan.index.file(read_ids[i]), _cause(failure)
             damage[read_ids[i]] = ImageError(
                 f"got {file}, which PIL can decode and DALI can't: {cause}; convert it, or choose the loader torchvision",
@@ -127,23 +122,22 @@ def _single_out(
             )
     if not damage:
         names = name_some(plan.index.file(sample_id) for sample_id in read_ids)
-        raise DataError(f"DALI could not decode a batch of these files, though each of them alone: {names}\n{failure}")
+        raise DataError(
+            f"DALI could not decode a batch of these files, though each of them alone: {names}; {_cause(failure)}"
+        )
     if isinstance(plan, EvalPlan):
         raise next(iter(damage.values()))
     bad_files.update({sample_id: error.reason for sample_id, error in damage.items()})
 
 
-def _failing_alone(
-    plan: TrainPlan | EvalPlan, bad_files: BadFiles, number: int, build: Callable[..., Pipeline]
-) -> list[int]:
+def _failing_alone(source: DaliSource, number: int, build: Callable[..., Pipeline]) -> list[int]:
     """Positions in a batch of the samples that fail when they go alone through the same graph."""
-    files, inputs = _files(plan, number, bad_files), _inputs(plan, number, bad_files)
+    ((encoded, *arrays),) = source.batches([number])
     failing, start = [], 0
-    while start < len(files):
-        singles = range(start, len(files))
+    while start < len(encoded):
+        singles = range(start, len(encoded))
         pipeline = build(
-            ([files[i]] for i in singles),
-            (tuple(array[i : i + 1] for array in inputs) for i in singles),
+            (([encoded[i]], *(array[i : i + 1] for array in arrays)) for i in singles),
             batch_size=1,
             num_threads=1,
             prefetch_queue_depth=1,
@@ -165,55 +159,20 @@ def _cause(error: RuntimeError) -> str:
     return next((line.strip() for line in lines if line.strip()), "unknown error")
 
 
-def _files(plan: TrainPlan | EvalPlan, number: int, bad_files: BadFiles) -> list[np.ndarray] | np.ndarray:
-    """Views of files in shards, n of (bytes,) uint8, or names of files for DALI to read, (n, bytes) uint8."""
-    index, read_ids = plan.index, plan.read_ids(number, bad_files).tolist()
-    if index.shards:
-        return [index.encoded(i) for i in read_ids]
-    folder = os.path.join(os.fsencode(index.root), b"")
-    names = np.array([folder + os.fsencode(index.paths[i]) for i in read_ids])
-    # one array with zeros behind the names, where opening stops: 2 us an image instead of 8 for a list
-    return names.view(np.uint8).reshape(len(names), -1)
-
-
-def _inputs(plan: TrainPlan | EvalPlan, number: int, bad_files: BadFiles) -> tuple[np.ndarray, ...]:
-    """The parameters of a batch as arrays (n, ...)."""
-    params = plan.params(number, plan.read_ids(number, bad_files))
-    return _eval_inputs(params) if isinstance(params, CenterCrops) else _train_inputs(params, plan.view.num_views)
-
-
-def _train_inputs(draws: ViewDraws, num_views: int) -> tuple[np.ndarray, ...]:
-    crop = (np.stack([draws.top, draws.left], axis=1), np.stack([draws.height, draws.width], axis=1))  # (n, 2) each
-    inputs = (*crop, draws.flip.astype(np.int32))
-    if num_views == 1:
-        return inputs
-    order = np.ascontiguousarray(draws.jitter_order.T)  # (stages, n)
-    return (*inputs, *order, *np.take_along_axis(draws.jitter.T, order, axis=0).astype(np.float32))
-
-
-def _eval_inputs(crops: CenterCrops) -> tuple[np.ndarray, ...]:
-    size, anchor = np.stack([crops.height, crops.width], axis=1), np.stack([crops.top, crops.left], axis=1)
-    return size.astype(np.float32), anchor
-
-
 _DECODE_OPTIONS = {"output_type": types.RGB, "adjust_orientation": False, "jpeg_fancy_upsampling": True}
 
 
-def _encoded(files: Iterable, plan: TrainPlan | EvalPlan):
-    if plan.index.shards:  # decoders read the memory map: no copy here, and page faults are theirs
-        return fn.external_source(files, no_copy=True)
-    return fn.io.file.read(fn.external_source(files))
+def _inputs(source: Iterable, num_parameters: int):
+    """Encoded files, height and width, and parameters; DALI reads them where they lie, see `DaliSource`."""
+    return fn.external_source(source, num_outputs=2 + num_parameters, no_copy=True)
 
 
-def _decode_crop(encoded, start, shape, decoder: dict):
-    # DALI 2.4's decoders crash where a batch holds bytes that are no image; reading all headers first fails instead
-    start = start + 0 * _stored_shape(encoded)
+def _decode_crop(encoded, size, start, shape, decoder: dict):
+    """The crop of a picture that is as large as `size` says; another one fails here, before a decoder sees the batch."""
+    stored = fn.slice(fn.peek_image_shape(encoded, dtype=types.INT32, adjust_orientation=False), [0], [2], axes=[0])
+    is_changed = fn.reshape(fn.reductions.max(fn.cast(stored != size, dtype=types.INT32)), shape=[1])
+    start = start + fn.slice(types.Constant(np.zeros(1, dtype=np.int32)), start=is_changed, shape=[1], axes=[0])
     return fn.decoders.image_slice(encoded, start=start, shape=shape, axes=[0, 1], **decoder)
-
-
-def _stored_shape(encoded):
-    """Height and width."""
-    return fn.slice(fn.peek_image_shape(encoded, dtype=types.INT32, adjust_orientation=False), [0], [2], axes=[0])
 
 
 @do_not_convert  # by enable_conditionals
@@ -253,16 +212,15 @@ def _saturate_on_cpu(image: np.ndarray, factor: np.ndarray) -> np.ndarray:
 
 @pipeline_def(enable_conditionals=True)
 def _train_graph(
-    files: Iterable,
-    inputs: Iterable,
+    source: Iterable,
     plan: TrainPlan,
     normalize: dict,
     decoder: dict,
     threads: ThreadPoolExecutor | None,
 ):
-    num_inputs = 3 + (2 * _NUM_STAGES if plan.view.num_views == 2 else 0)
-    start, shape, flip, *jitter = fn.external_source(inputs, num_outputs=num_inputs)
-    image = _decode_crop(_encoded(files, plan), start, shape, decoder)
+    num_parameters = 3 + (2 * _NUM_STAGES if plan.view.num_views == 2 else 0)
+    encoded, size, start, shape, flip, *jitter = _inputs(source, num_parameters)
+    image = _decode_crop(encoded, size, start, shape, decoder)
     image = _resize(image, types.Constant(np.full(2, plan.view.img_size, dtype=np.float32)), threads)
     teacher_view = fn.crop_mirror_normalize(image, mirror=flip, **normalize)
     if plan.view.num_views == 1:
@@ -286,16 +244,14 @@ def _train_graph(
 
 @pipeline_def
 def _eval_graph(
-    files: Iterable,
-    inputs: Iterable,
+    source: Iterable,
     plan: EvalPlan,
     normalize: dict,
     decoder: dict,
     threads: ThreadPoolExecutor | None,
 ):
-    size, anchor = fn.external_source(inputs, num_outputs=2)
-    encoded = _encoded(files, plan)
-    image = _decode_crop(encoded, types.Constant(np.zeros(2, dtype=np.int32)), _stored_shape(encoded), decoder)
-    image = _resize(image, size, threads)
+    encoded, size, start, shape, resized, anchor = _inputs(source, 4)
+    image = _decode_crop(encoded, size, start, shape, decoder)
+    image = _resize(image, resized, threads)
     image = fn.slice(image, start=anchor, shape=[plan.view.img_size, plan.view.img_size], axes=[0, 1])
     return fn.crop_mirror_normalize(image, **normalize)

@@ -1,6 +1,6 @@
 """The error that every room of the data package raises for a folder, file or setting that a user can mend."""
 
-from tinymim_fast.errors import InputError
+from tinymim_fast.errors import InputError, printable
 
 
 class DataError(InputError):
@@ -16,7 +16,7 @@ class ImageError(DataError):
 
 
 def name_some(names, limit: int = 10) -> str:
-    """The first `limit` names and how many more there are, for messages about many files."""
+    """The first `limit` names and how many more there are, for messages about many files; printable."""
     names = list(names)
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(str(name) for name in names[:limit]) + more
+    return ", ".join(printable(str(name)) for name in names[:limit]) + more

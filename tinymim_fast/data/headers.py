@@ -1,4 +1,4 @@
-"""What a file's first and last bytes tell of an image, and decoding to RGB with PIL."""
+"""What a file's first and last bytes tell of an image."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import os
 from enum import IntFlag
 from typing import BinaryIO, NamedTuple
 
-import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from tinymim_fast.data.errors import ImageError
+from tinymim_fast.data.decode import FORMATS, MAX_IMAGE_PIXELS, one_line, to_rgb
+from tinymim_fast.data.stored import open_regular
 
 _FORMATS = {
     ".jpg": "JPEG",
@@ -33,54 +33,57 @@ class Verdict(IntFlag):
     EMPTY = 2
     NON_IMAGE = 4
     TRUNCATED = 8
-    HUGE = 16  # more pixels than PIL decodes
+    HUGE = 16  # more pixels than are decoded
     CMYK = 32
     GREYSCALE = 64
     SIXTEEN_BIT = 128
     MISNAMED = 256  # such as a PNG called .JPEG
-    UNSUPPORTED = 512  # a format of none of IMG_EXTENSIONS: DALI 2.4 crashed on GIF, AVIF, ICO and TGA called .jpg
-    DAMAGED = UNREADABLE | EMPTY | NON_IMAGE | TRUNCATED | HUGE | UNSUPPORTED
+    UNSUPPORTED = 512  # a format of none of IMG_EXTENSIONS, or values without a known range
+    UNLABELLED = 1024  # in shards where others have a label
+    DAMAGED = UNREADABLE | EMPTY | NON_IMAGE | TRUNCATED | HUGE | UNSUPPORTED | UNLABELLED
 
     @property
     def title(self) -> str:
+        """As it is printed: "non-image"."""
         return self.name.lower().replace("_", "-")
 
 
 class Header(NamedTuple):
-    """One file: size in pixels (0 where unknown) and in bytes, PIL's format and mode, `Verdict`, and why it is DAMAGED."""
+    """One file: size in pixels (0 where unknown) and in bytes, `Verdict`, and why it is DAMAGED."""
 
     height: int = 0
     width: int = 0
     num_bytes: int = 0
-    format: str = ""
-    mode: str = ""
     verdict: int = 0
     reason: str = ""
 
 
-def inspect_path(path: str) -> Header:
-    """`inspect` of a file by its path."""
+def inspect_path(path: str, max_pixels: int = MAX_IMAGE_PIXELS) -> Header:
+    """`inspect` of a file by its path; one that is no regular file is unreadable, and not waited for."""
     try:
-        with open(path, "rb") as file:
-            return inspect(file, path)
+        with open(open_regular(path), "rb") as file:
+            return inspect(file, path, max_pixels)
     except OSError as error:
-        return _damaged(Verdict.UNREADABLE, _say(error))
+        return damaged(Verdict.UNREADABLE, one_line(error))
 
 
-def inspect(file: BinaryIO, name: str) -> Header:
+def inspect(file: BinaryIO, name: str, max_pixels: int = MAX_IMAGE_PIXELS) -> Header:
     """Read the header and the last bytes of an image file.
 
-    A JPEG or PNG that does not end with its end-of-image marker, and each TIFF, is decoded: it is TRUNCATED where PIL
-    says so.
-    Truncation of other formats, and damage between the first and the last bytes, are not seen here.
+    A JPEG or PNG that does not end with its end-of-image marker, each TIFF, and each image of floating point is decoded:
+    TRUNCATED where PIL says so, UNSUPPORTED where its values have no known range. Truncation of other formats, and damage
+    between the first and the last bytes, are not seen here.
 
     Args:
         file: opened, seekable.
         name: its file name, for its ending.
+        max_pixels: an image of more is HUGE.
     """
     num_bytes = file.seek(0, os.SEEK_END)
     if num_bytes == 0:
-        return _damaged(Verdict.EMPTY)
+        return damaged(Verdict.EMPTY)
+    if num_bytes > 16 * max_pixels:  # 8 bytes a pixel are the most that is common
+        return damaged(Verdict.HUGE, f"{num_bytes:,} bytes")
     file.seek(0)
     try:
         with Image.open(file) as image:
@@ -88,16 +91,19 @@ def inspect(file: BinaryIO, name: str) -> Header:
             format = "JPEG" if image.format == "MPO" else image.format  # a JPEG with more pictures behind it
             is_deep = mode.startswith("I") or ";16" in str(image.tile)
     except Image.DecompressionBombError:
-        return _damaged(Verdict.HUGE, f"more than {2 * Image.MAX_IMAGE_PIXELS:,} pixels")
+        return damaged(Verdict.HUGE, f"more than {max_pixels:,} pixels")
     except UnidentifiedImageError:
-        return _damaged(Verdict.NON_IMAGE)
+        return damaged(Verdict.NON_IMAGE)
     except Exception as error:  # PIL's readers raise anything on damaged files
-        return _damaged(Verdict.NON_IMAGE, _say(error))
-    if format not in _FORMATS.values():
-        return _damaged(Verdict.UNSUPPORTED, format)
+        return damaged(Verdict.NON_IMAGE, one_line(error))
+    if height * width > max_pixels:
+        return damaged(Verdict.HUGE, f"{width} x {height}, more than {max_pixels:,} pixels")
+    if format not in FORMATS:
+        return damaged(Verdict.UNSUPPORTED, format)
     end = {"JPEG": b"\xff\xd9", "PNG": _PNG_END}.get(format, b"")
     file.seek(-len(end), os.SEEK_END)
-    if file.read() != end or format == "TIFF":  # it is missing, or something follows it; a TIFF has none
+    # the end is missing, or something follows it; a TIFF has none
+    if file.read() != end or format == "TIFF" or mode == "F":
         try:
             file.seek(0)
             if format == "PNG" and end not in file.read():  # PIL does not miss it, other decoders do
@@ -105,8 +111,11 @@ def inspect(file: BinaryIO, name: str) -> Header:
             file.seek(0)
             with Image.open(file) as image:
                 image.load()
+                to_rgb(image)
+        except ValueError as error:
+            return damaged(Verdict.UNSUPPORTED, one_line(error))
         except Exception as error:
-            return _damaged(Verdict.TRUNCATED, _say(error))
+            return damaged(Verdict.TRUNCATED, one_line(error))
     verdict = Verdict(0)
     if is_deep:
         verdict |= Verdict.SIXTEEN_BIT
@@ -116,33 +125,9 @@ def inspect(file: BinaryIO, name: str) -> Header:
         verdict |= Verdict.GREYSCALE
     if _FORMATS.get(os.path.splitext(name)[1].lower()) != format:
         verdict |= Verdict.MISNAMED
-    return Header(height, width, num_bytes, format, mode, int(verdict))
+    return Header(height, width, num_bytes, int(verdict))
 
 
-def _damaged(verdict: Verdict, detail: str = "") -> Header:
+def damaged(verdict: Verdict, detail: str = "") -> Header:
+    """The header of a file that is left out, with its reason: the verdict, and what more there is to say."""
     return Header(verdict=int(verdict), reason=f"{verdict.title}: {detail}" if detail else verdict.title)
-
-
-def decode_rgb(file: str | BinaryIO, name: str) -> Image.Image:
-    """Decode an image to RGB of 8 bits.
-
-    Args:
-        file: a path or an opened file.
-        name: for the message.
-
-    Raises:
-        ImageError: it can't be decoded; names it.
-    """
-    try:
-        with Image.open(file) as image:
-            if image.mode.startswith("I"):  # PIL clips 16-bit grey levels at 255 instead of scaling them
-                return Image.fromarray(np.rint(np.asarray(image) / 257).clip(0, 255).astype(np.uint8)).convert("RGB")
-            return image.convert("RGB")
-    except Exception as error:
-        reason = _say(error)
-        raise ImageError(f"got {name}, which can't be decoded: {reason}; replace or remove it", reason) from error
-
-
-def _say(error: Exception) -> str:
-    """One line without the name of a Python object."""
-    return " ".join((getattr(error, "strerror", None) or str(error) or type(error).__name__).split())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import zipfile
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from io import BytesIO
 from pathlib import Path
@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from tinymim_fast.data.decode import decode_rgb
 from tinymim_fast.data.errors import DataError, ImageError, name_some
-from tinymim_fast.data.headers import decode_rgb
-from tinymim_fast.data.shards import ShardMaps
+from tinymim_fast.data.stored import ShardFiles, read_file
 from tinymim_fast.files import whole_file
 
 INDEX_FILE = "index.npz"
@@ -64,6 +64,11 @@ class ImageIndex:
         """Images found, those left out included."""
         return len(self.paths) + len(self.damaged)
 
+    @property
+    def is_labelled(self) -> bool:
+        """Whether the images have classes; not where they lie directly in a folder, or in shards without labels."""
+        return any("/" in path for path in self.paths[:1]) or self.class_names != (self.root.resolve().name,)
+
     def file(self, sample_id: int) -> str:
         """The full path of one sample, or its shard and its name in it."""
         if self.shards:
@@ -71,42 +76,52 @@ class ImageIndex:
         return os.path.join(self.root, self.paths[sample_id])
 
     def encoded(self, sample_id: int) -> np.ndarray:
-        """(bytes,) uint8, the stored file of a sample; of a shard, read-only and without a copy.
+        """(bytes,) uint8, the stored file of a sample.
 
         Raises:
             ImageError: the file can't be read; names it.
             DataError: the shard is missing or truncated; names it.
         """
         if self.shards:
-            return self._maps.view(*self.spans[sample_id].tolist(), int(self.num_bytes[sample_id]))
+            shard, offset = self.spans[sample_id].tolist()
+            return self._shard_files.read(shard, offset, int(self.num_bytes[sample_id]), self.paths[sample_id])
         try:
-            return np.fromfile(self.file(sample_id), dtype=np.uint8)
+            return read_file(self.file(sample_id))
         except OSError as error:
             raise ImageError(
                 f"got {self.file(sample_id)}, which can't be read: {error.strerror}", error.strerror
             ) from error
 
     @cached_property
-    def _maps(self) -> ShardMaps:
-        return ShardMaps(self.root, self.shards)
+    def _shard_files(self) -> ShardFiles:
+        return ShardFiles(self.root, self.shards)
 
     def read_image(self, sample_id: int) -> Image.Image:
-        """Decode one sample to RGB.
+        """Read and decode one sample: see `decode`.
 
         Raises:
             ImageError: the file is missing or damaged, or no longer has the indexed size; names it.
             DataError: its shard is missing or truncated; names it.
         """
-        name = self.file(sample_id)
-        decoded = decode_rgb(BytesIO(self.encoded(sample_id)) if self.shards else name, name)
-        if (decoded.height, decoded.width) != tuple(self.sizes[sample_id]):
-            height, width = self.sizes[sample_id]
-            raise ImageError(
-                f"got {name} of {decoded.height} x {decoded.width} pixels, want the indexed {height} x {width}; "
-                "it changed since it was scanned: scan again",
-                f"{decoded.height} x {decoded.width} pixels, not the indexed {height} x {width}",
-            )
-        return decoded
+        return self.decode(sample_id, self.encoded(sample_id))
+
+    def decode(self, sample_id: int, encoded: np.ndarray) -> Image.Image:
+        """The bytes of one sample to RGB.
+
+        Raises:
+            ImageError: they are damaged, or no longer an image of the indexed size; names the file.
+        """
+        height, width = self.sizes[sample_id].tolist()
+        return decode_rgb(BytesIO(encoded), self.file(sample_id), (height, width))
+
+    def subset(self, sample_ids: np.ndarray) -> ImageIndex:
+        """Some of the images, in the order given; `damaged` and `stamps` stay."""
+        arrays = {name: getattr(self, name) for name in ("labels", "sizes", *_ARRAYS)}
+        return replace(
+            self,
+            paths=[self.paths[i] for i in sample_ids],
+            **{name: None if array is None else array[sample_ids] for name, array in arrays.items()},
+        )
 
     def save(self, path: str | Path) -> None:
         """Write this index alone to `path`: see `save_indexes`."""
@@ -153,24 +168,30 @@ def load_index(path: str | Path, split: str | None = None, *, home: Path | None 
 
     Args:
         path: the file.
-        split: which; a file without splits has one for every name. None: the only one.
+        split: which; a file without splits holds "train". None: the only one.
         home: where the data set lies now; by default where it was scanned.
 
     Raises:
-        DataError: `path` is missing or holds something else, or not this split.
+        DataError: `path` is missing or holds something else, not this split, or names and positions that no scan gives.
     """
     try:
-        with np.load(path) as data:
+        with zipfile.ZipFile(path) as archive:
+            if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
+                raise ValueError("compressed arrays")  # which may unpack to any size; none is written
+        with np.load(path, allow_pickle=False) as data:
             if str(data["format"]) != _FORMAT:
                 raise KeyError("format")
             names = _unpack(data["splits"])
-            found = "" if names == [""] else names[0] if split is None and len(names) == 1 else split
+            found = names[0] if len(names) == 1 and (split is None or (names == [""] and split == "train")) else split
             if found not in names:
-                raise DataError(f"got {path} with the splits {', '.join(names)}, want {split or 'one'}; scan again")
+                have = ", ".join(name or "no splits" for name in names)
+                raise DataError(
+                    f"got {path}, which holds {have}; want {split or 'one split'}: scan a folder that has it"
+                )
             text = {name: _unpack(data[f"{found}/{name}"]) for name in _NAMES}
             arrays = {name: data[f"{found}/{name}"] for name in _ARRAYS if f"{found}/{name}" in data.files}
-            return ImageIndex(
-                root=Path(os.path.normpath(os.path.join(home or _unpack(data["home"])[0], text["root"][0]))),
+            index = ImageIndex(
+                root=Path(os.path.normpath(os.path.join(home or _unpack(data["home"])[0], _inside(text["root"][0])))),
                 paths=text["paths"],
                 class_names=tuple(text["class_names"]),
                 damaged=dict(zip(text["damaged"], text["reasons"])),
@@ -180,12 +201,48 @@ def load_index(path: str | Path, split: str | None = None, *, home: Path | None 
                 stamps=dict(zip(text["stamped"], data[f"{found}/stamps"].tolist())),
                 **arrays,
             )
+        _check(index)
+        return index
     except DataError:
         raise
-    except (OSError, KeyError, TypeError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except Exception as error:  # a foreign file may raise anything
         raise DataError(
-            f"got {path}, want an image index written by python -m tinymim_fast.data.scan: {error}"
+            f"got {path}, want an image index written by python -m tinymim_fast.data.scan: {error or type(error).__name__}"
         ) from error
+
+
+def _check(index: ImageIndex) -> None:
+    """What a loader relies on.
+
+    Raises:
+        ValueError: an array of another length or kind, a position or a label that nothing has, a path that leaves the data set.
+    """
+    n = len(index)
+    shapes = {"labels": (n,), "sizes": (n, 2), "num_bytes": (n,), "verdicts": (n,), "spans": (n, 2)}
+    for name, shape in shapes.items():
+        array = getattr(index, name)
+        if array is not None and (array.shape != shape or array.dtype.kind not in "iu"):
+            raise ValueError(f"{name} of {array.dtype} {array.shape}, want integers {shape}")
+    if n and not (index.labels.min() >= 0 and index.labels.max() < len(index.class_names)):
+        raise ValueError(f"labels {index.labels.min()} to {index.labels.max()} for {len(index.class_names)} classes")
+    if n and index.sizes.min() < 1:
+        raise ValueError("images without pixels")
+    for path in (*index.paths, *index.shards, *index.stamps):
+        _inside(path)
+    if index.shards:
+        if index.spans is None or index.num_bytes is None:
+            raise ValueError("no positions in its shards")
+        if n and not (
+            index.spans.min() >= 0 and index.spans[:, 0].max() < len(index.shards) and index.num_bytes.min() > 0
+        ):
+            raise ValueError("positions outside its shards")
+
+
+def _inside(path: str) -> str:
+    """The path, which stays in the folder that it is relative to."""
+    if path.startswith("/") or ".." in path.split("/"):
+        raise ValueError(f"{path}, which leaves the data set's folder")
+    return path
 
 
 def _pack(names: Iterable[str]) -> np.ndarray:

@@ -10,9 +10,11 @@ import dataclasses
 import hashlib
 import io
 import json
+import logging
 import os
 import sys
 import tarfile
+from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -22,15 +24,18 @@ from PIL import Image
 from tqdm import tqdm
 
 from tinymim_fast.data.draws import epoch_order
-from tinymim_fast.data.errors import DataError
-from tinymim_fast.data.headers import decode_rgb
+from tinymim_fast.data.errors import DataError, name_some
 from tinymim_fast.data.index import INDEX_FILE, ImageIndex, save_indexes
+from tinymim_fast.data.listing import LAYOUTS, Layout, places
 from tinymim_fast.data.parallel import in_parallel
-from tinymim_fast.data.scan import find_images, scan_images, splits_of
+from tinymim_fast.data.scan import find_images, scan_images
 from tinymim_fast.errors import EXIT_INPUT, flags
 from tinymim_fast.files import PREFIX, remove_unfinished, whole_file, write_text
 
+log = logging.getLogger(__name__)
+
 MANIFEST = "manifest.json"
+_JPEG_SIDE = 65_500  # the longest side that libjpeg writes
 _OPTIONS = ("short_side", "quality", "max_count", "shard_size", "workers")
 _EPILOG = """\
 Shards are DST/train-000000.tar and so on, with <key>.jpg and <key>.cls for each image; keys are the paths in SRC, "." as
@@ -46,10 +51,12 @@ for byte.
 
 @dataclasses.dataclass(frozen=True)
 class _Job:
-    """One shard to write: its name and its images, in its order."""
+    """One shard to write: its name, its images in its order, and their names in it."""
 
     name: str
     images: ImageIndex
+    names: list[str]
+    is_labelled: bool
 
 
 def pack(
@@ -60,6 +67,7 @@ def pack(
     quality: int = 95,
     max_count: int = 10_000,
     shard_size: int = 1000,
+    layout: Layout = "auto",
     workers: int = 8,
 ) -> None:
     """Write the shards, manifest and index of a data set; shards that are complete already are kept.
@@ -71,17 +79,20 @@ def pack(
         quality: of resized JPEGs.
         max_count: images in a shard, at most.
         shard_size: MB of source files in a shard, at most, unless one file alone is larger.
+        layout: how to read `src`; see `listing.places`.
         workers: processes.
 
     Raises:
-        DataError: no images, a damaged one that no header shows, an option out of range, or a `dst` that holds something else
+        DataError: no images, a `src` that can be read in two ways, a damaged one that no header shows, an option out of range, or a `dst` that holds something else
             or can't be written.
     """
     for name, value in zip(_OPTIONS, (short_side, quality, max_count, shard_size, workers), strict=True):
         if value is not None and not 0 < value <= (95 if name == "quality" else value):
             raise DataError(f"got {value}, want {'1 to 95' if name == 'quality' else 'more than 0'}", argument=name)
     options = {"short_side": short_side, "quality": quality if short_side else None}
-    sources = {split or "train": find_images(src, split=split, workers=workers) for split in splits_of(src)}
+    splits = dict.fromkeys(place.split or "train" for place in places(src, layout) if place.split != "test")
+    sources = {split: find_images(src, split=split, layout=layout, workers=workers) for split in splits}
+    sources = _with_common_classes(sources)
     manifest = {
         "made_from": {
             **options,
@@ -93,15 +104,17 @@ def pack(
         "left_out": {split: index.damaged for split, index in sources.items()},
         "shards": {},
     }
+    names = {split: _member_names(index, short_side) for split, index in sources.items()}
     try:
         done = _begin(dst, manifest)
         for split, index in sources.items():
-            jobs = [job for job in _jobs(split, index, max_count, 10**6 * shard_size) if job.name not in done]
+            jobs = _jobs(split, index, names[split], max_count, 10**6 * shard_size)
+            jobs = [job for job in jobs if job.name not in done]
             write = partial(_write_shard, dst=dst, **options)
             for job, entry in zip(jobs, in_parallel(write, jobs, workers, _bar)):
                 done[job.name] = entry
                 _write_manifest(dst, manifest, done)
-        splits = {split: _index_of(dst, split, index, short_side, workers) for split, index in sources.items()}
+        splits = {split: _index_of(dst, split, index, names[split], workers) for split, index in sources.items()}
         save_indexes(dst / INDEX_FILE, splits, home=dst)
     except OSError as error:
         raise DataError(
@@ -128,29 +141,42 @@ def verify(dst: Path, *, workers: int = 8) -> None:
     print(f"{len(shards):,} shards, {sum(entry['num_images'] for entry in shards.values()):,} images: all as packed")
 
 
-def _jobs(split: str, index: ImageIndex, max_count: int, max_bytes: int) -> list[_Job]:
-    jobs, start, size = [], 0, 0
+def _with_common_classes(sources: dict[str, ImageIndex]) -> dict[str, ImageIndex]:
+    """The same labels in every split: positions in the training set's classes, behind which come those of other splits alone."""
+    class_names = list(sources["train"].class_names) if "train" in sources else []
+    for split, index in sources.items():
+        own = [name for name in index.class_names if name not in class_names] if index.is_labelled else []
+        if class_names and own:
+            log.warning("%s: classes that train lacks, labelled behind its own: %s", split, name_some(own))
+        class_names += own
+    position = {name: label for label, name in enumerate(class_names)}
+    common = {}
+    for split, index in sources.items():
+        if index.is_labelled:
+            labels = np.array([position[name] for name in index.class_names], dtype=np.int64)[index.labels]
+            index = dataclasses.replace(index, labels=labels, class_names=tuple(class_names))
+        common[split] = index
+    return common
+
+
+def _jobs(split: str, index: ImageIndex, names: list[str], max_count: int, max_bytes: int) -> list[_Job]:
     order = epoch_order(len(index), seed=0, epoch=0)
-    for end, num_bytes in enumerate(index.num_bytes[order].tolist()):
-        if end > start and (end - start == max_count or size + num_bytes > max_bytes):
-            jobs.append(_Job(f"{split}-{len(jobs):06d}.tar", _part(index, order[start:end])))
-            start, size = end, 0
+    starts, size = [0], 0
+    for at, num_bytes in enumerate(index.num_bytes[order].tolist()):
+        if at > starts[-1] and (at - starts[-1] == max_count or size + num_bytes > max_bytes):
+            starts.append(at)
+            size = 0
         size += num_bytes
-    return [*jobs, _Job(f"{split}-{len(jobs):06d}.tar", _part(index, order[start:]))]
+    parts = [order[start:end] for start, end in zip(starts, [*starts[1:], len(order)])]
+    return [
+        _Job(f"{split}-{number:06d}.tar", _part(index, part), [names[i] for i in part], index.is_labelled)
+        for number, part in enumerate(parts)
+    ]
 
 
 def _part(index: ImageIndex, sample_ids: np.ndarray) -> ImageIndex:
     """Some of the images; small, to be sent to another process."""
-    return ImageIndex(
-        root=index.root,
-        paths=[index.paths[i] for i in sample_ids],
-        labels=index.labels[sample_ids],
-        class_names=(),
-        sizes=index.sizes[sample_ids],
-        num_bytes=index.num_bytes[sample_ids],
-        shards=index.shards,
-        spans=None if index.spans is None else index.spans[sample_ids],
-    )
+    return dataclasses.replace(index.subset(sample_ids), class_names=(), damaged={}, stamps={})
 
 
 def _write_shard(job: _Job, *, dst: Path, short_side: int | None, quality: int | None) -> dict:
@@ -159,30 +185,44 @@ def _write_shard(job: _Job, *, dst: Path, short_side: int | None, quality: int |
     with whole_file(dst / job.name) as temporary:
         with tarfile.open(temporary, "w") as tar:
             for i in range(len(index)):
-                name, large = _member_name(index, i, short_side), _is_large(index, i, short_side)
+                large = _is_large(index, i, short_side)
                 content = _resized(index, i, short_side, quality) if large else index.encoded(i)
-                for ending, data in ((None, content), ("cls", str(index.labels[i]).encode())):
-                    member = tarfile.TarInfo(name if ending is None else f"{os.path.splitext(name)[0]}.{ending}")
+                members = [(job.names[i], content)]
+                if job.is_labelled:
+                    members.append((f"{os.path.splitext(job.names[i])[0]}.cls", str(index.labels[i]).encode()))
+                for name, data in members:
+                    member = tarfile.TarInfo(name)
                     member.size = len(data)
                     tar.addfile(member, io.BytesIO(data))
         return {"num_images": len(index), "num_bytes": temporary.stat().st_size, "sha256": _checksum(temporary)}
 
 
 def _is_large(index: ImageIndex, sample_id: int, short_side: int | None) -> bool:
-    return short_side is not None and index.sizes[sample_id].min() > short_side
+    """Whether to resize; what would still be too long for a JPEG stays as it is."""
+    if short_side is None:
+        return False
+    height, width = index.sizes[sample_id].tolist()
+    return min(height, width) > short_side and short_side * max(height, width) // min(height, width) <= _JPEG_SIDE
 
 
-def _member_name(index: ImageIndex, sample_id: int, short_side: int | None) -> str:
-    """A key ends at the first dot of its last part, so dots before the ending are written as %2E."""
-    stem, ending = os.path.splitext(index.paths[sample_id])
-    folder, slash, base = stem.rpartition("/")
-    if _is_large(index, sample_id, short_side) and ending.lower() not in (".jpg", ".jpeg"):
-        ending = ".jpg"
-    return folder + slash + base.replace("%", "%25").replace(".", "%2E") + ending
+def _member_names(index: ImageIndex, short_side: int | None) -> list[str]:
+    """Names in the shards. A key ends at the first dot of its last part, so dots before the ending are written as %2E; where two
+    images have one key, as a.jpg and a.png, it takes up the ending too."""
+    parts = []
+    for sample_id, path in enumerate(index.paths):
+        stem, ending = os.path.splitext(path)
+        folder, slash, base = stem.rpartition("/")
+        key = folder + slash + base.replace("%", "%25").replace(".", "%2E")
+        stored = ending
+        if _is_large(index, sample_id, short_side) and ending.lower() not in (".jpg", ".jpeg"):
+            stored = ".jpg"
+        parts.append((key, ending, stored))
+    times = Counter(key for key, _, _ in parts)
+    return [(key if times[key] == 1 else f"{key}%2E{ending[1:]}") + stored for key, ending, stored in parts]
 
 
 def _resized(index: ImageIndex, sample_id: int, short_side: int, quality: int) -> bytes:
-    image = decode_rgb(io.BytesIO(index.encoded(sample_id)), index.file(sample_id))
+    image = index.read_image(sample_id)
     short = min(image.size)
     size = [short_side * side // short for side in image.size]  # torchvision's Resize
     buffer = io.BytesIO()
@@ -190,12 +230,12 @@ def _resized(index: ImageIndex, sample_id: int, short_side: int, quality: int) -
     return buffer.getvalue()
 
 
-def _index_of(dst: Path, split: str, source: ImageIndex, short_side: int | None, workers: int) -> ImageIndex:
+def _index_of(dst: Path, split: str, source: ImageIndex, names: list[str], workers: int) -> ImageIndex:
     """Where each image of `source` lies in the shards, in the order of `source`."""
     packed = scan_images(dst, split=split, workers=workers)
     position = {name: i for i, name in enumerate(packed.paths)}
     try:
-        order = np.array([position[_member_name(source, i, short_side)] for i in range(len(source))])
+        order = np.array([position[name] for name in names])
     except KeyError as error:
         raise DataError(f"got shards in {dst} without {error}; run --verify") from error
     arrays = ("sizes", "num_bytes", "verdicts", "spans")
@@ -274,13 +314,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--quality", type=int, default=95, help="of resized JPEGs, 1 to 95 (default: 95)")
     parser.add_argument("--max-count", type=int, default=10_000, help="images in a shard (default: 10000)")
     parser.add_argument("--shard-size", type=int, default=1000, help="MB of images in a shard (default: 1000)")
+    parser.add_argument(
+        "--layout", choices=LAYOUTS, default="auto", help="what SRC holds, where its listing says two things"
+    )
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: one a core)")
     parser.add_argument("--verify", action="store_true", help="compare each shard with its checksum; needs DST alone")
     args = parser.parse_args(argv)
     try:
         if args.src is not None:
-            options = {name: getattr(args, name) for name in _OPTIONS}
-            with flags(**{name: f"--{name.replace('_', '-')}" for name in _OPTIONS}):
+            options = {name: getattr(args, name) for name in (*_OPTIONS, "layout")}
+            with flags(**{name: f"--{name.replace('_', '-')}" for name in options}):
                 pack(args.src, args.dst, **options)
             print(f"packed: {args.dst}; train with --data-path {args.dst}")
         elif not args.verify:

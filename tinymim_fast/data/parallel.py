@@ -7,7 +7,10 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from typing import TypeVar
+
+from tinymim_fast.data.errors import DataError
 
 Progress = Callable[[Iterable, int], Iterable]  # tqdm's shape: (parts, total)
 Part, Result = TypeVar("Part"), TypeVar("Result")
@@ -23,13 +26,22 @@ def in_parallel(
         parts: what it is called with.
         workers: processes; none is started for one part or one worker.
         progress: wraps the results, as tqdm does.
+
+    Raises:
+        DataError: a process was ended from outside.
     """
     watch = progress or (lambda results, total: results)
     if len(parts) == 1 or workers <= 1:
         yield from watch(map(work, parts), len(parts))
         return
-    with ProcessPoolExecutor(min(workers, len(parts)), initializer=_end_with_parent) as pool:
-        yield from watch(pool.map(work, parts), len(parts))
+    try:
+        with ProcessPoolExecutor(min(workers, len(parts)), initializer=_end_with_parent) as pool:
+            yield from watch(pool.map(work, parts), len(parts))
+    except BrokenProcessPool as error:
+        raise DataError(
+            f"got {workers} processes, one of which was killed, for want of memory most likely; try fewer",
+            argument="workers",
+        ) from error
 
 
 def _end_with_parent() -> None:

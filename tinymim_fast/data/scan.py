@@ -1,4 +1,4 @@
-"""List the images of a data set once, find the damaged and the odd ones, and write the index that training reads.
+"""Find the images of a data set, the damaged and the odd ones among them, and write the index that training reads.
 
 python -m tinymim_fast.data.scan DIR     (DIR/train/<class>/*.jpg, DIR/<class>/*.jpg or DIR/train-*.tar; also val)
 """
@@ -10,30 +10,35 @@ import logging
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
+from tinymim_fast.data.decode import MAX_IMAGE_PIXELS
 from tinymim_fast.data.errors import DataError, name_some
-from tinymim_fast.data.headers import IMG_EXTENSIONS, Header, Verdict, inspect_path
+from tinymim_fast.data.headers import Header, Verdict, damaged, inspect_path
 from tinymim_fast.data.index import INDEX_FILE, ImageIndex, check_stamps, load_index, save_indexes, stamp_of
+from tinymim_fast.data.listing import LAYOUTS, Layout, Place, choose, list_classes, places
 from tinymim_fast.data.parallel import Progress, in_parallel
-from tinymim_fast.data.shards import Sample, find_shards, read_shard
-from tinymim_fast.errors import EXIT_INPUT, flags
+from tinymim_fast.data.shards import Sample, Shard, read_shard
+from tinymim_fast.errors import EXIT_INPUT, flags, printable
 
 log = logging.getLogger(__name__)
 
-SPLITS = ("train", "val")
-_LAYOUT = "want DIR/<class>/*.jpg, DIR/train/<class>/*.jpg, images directly in DIR, or shards DIR/*.tar"
 _FILES_PER_TASK = 256  # a task for each file is slow
+_PIL_PIXELS = 178_956_970  # PIL decodes no more
 _LIMIT = 20  # names under a verdict
 _EPILOG = """\
 Every header is read, and the last bytes of JPEG and PNG files; where the end-of-image marker is missing there, the file
 is decoded to see whether it is truncated. Damage inside a file, and truncation of other formats, is found in training.
 
-left out:     unreadable, empty, non-image, truncated, huge (more pixels than PIL decodes), unsupported (such as GIF)
+left out:     unreadable, empty, non-image, truncated, huge (--max-image-pixels), unsupported (such as GIF, or integers of 32
+              bits, whose range nothing tells), unlabelled (in shards where others have labels)
 trained on:   cmyk, greyscale, sixteen-bit, misnamed (such as a PNG called .JPEG)
 
 Training takes DIR/index.npz by itself (--data-path DIR), and an index written elsewhere with --data-path FILE.npz. Scan
@@ -41,27 +46,49 @@ again when files were added or changed.
 """
 
 
-def find_images(path: str | Path, *, split: str = "train", workers: int = 8) -> ImageIndex:
+def find_images(
+    path: str | Path,
+    *,
+    split: str = "train",
+    layout: Layout = "auto",
+    max_image_pixels: int = MAX_IMAGE_PIXELS,
+    workers: int = 8,
+) -> ImageIndex:
     """The images of one split: from an index where there is one, else by a scan.
 
     Args:
-        path: a folder (see `scan_images`) that may hold an index.npz, itself or in its subfolder `split`, or an
-            index written elsewhere.
-        split: "train" or "val".
+        path: a folder (see `scan_images`) that may hold an index.npz, itself or in its subfolder `split`, or an index written
+            elsewhere.
+        split: "train", "val", or a folder's name.
+        layout: how to read a folder without an index; see `listing.places`.
+        max_image_pixels: larger images are damaged ones.
         workers: processes for a scan.
 
     Raises:
-        DataError: no such file or folder, or no images in it.
+        DataError: no such file, folder or split, a folder that can be read in two ways, or no images in it.
     """
     path = Path(path)
+    index = _load_index(path, split)
+    if index is None:
+        index = scan_images(path, split=split, layout=layout, max_image_pixels=max_image_pixels, workers=workers)
+    else:
+        index = _without_huge(index, max_image_pixels)
+    log.info("%s: %s: %d images in %d classes", index.root, split, len(index), len(index.class_names))
+    if index.damaged:
+        named = _with_reasons(index.damaged)
+        log.warning("%s: left out %d of %d images: %s", index.root, len(index.damaged), index.num_listed, named)
+    return index
+
+
+def _load_index(path: Path, split: str) -> ImageIndex | None:
+    """What a scan wrote of a split, or None."""
     candidates = [(path, None)] if path.is_file() or path.suffix == ".npz" else []
     candidates += [(home / INDEX_FILE, home) for home in (path, path / split)]
     for file, home in candidates:
         if home is not None and not file.is_file():
             continue
-        index = load_index(file, split, home=home)
-        when = time.strftime("%Y-%m-%d %H:%M", time.localtime(file.stat().st_mtime))
-        log.info("%s: %d images, scanned %s", file, len(index), when)
+        index = load_index(file, None if home == path / split else split, home=home)
+        log.info("%s: scanned %s", file, time.strftime("%Y-%m-%d %H:%M", time.localtime(file.stat().st_mtime)))
         changed = check_stamps(index, file)
         if changed:
             log.warning(
@@ -69,19 +96,40 @@ def find_images(path: str | Path, *, split: str = "train", workers: int = 8) -> 
                 index.root,
                 name_some(changed),
             )
-        break
-    else:
-        index = scan_images(path, split=split, workers=workers)
-    if index.damaged:
-        named = _with_reasons(index.damaged)
-        log.warning("%s: left out %d of %d images: %s", index.root, len(index.damaged), index.num_listed, named)
-    return index
+        return index
+    return None
+
+
+def _without_huge(index: ImageIndex, max_pixels: int) -> ImageIndex:
+    """Without the images of more pixels, which count as damaged."""
+    _check_max(max_pixels)
+    is_huge = index.sizes.astype(np.int64).prod(axis=1) > max_pixels
+    if not is_huge.any():
+        return index
+    huge = {
+        index.paths[
+            i
+        ]: f"{Verdict.HUGE.title}: {index.sizes[i, 1]} x {index.sizes[i, 0]}, more than {max_pixels:,} pixels"
+        for i in np.flatnonzero(is_huge)
+    }
+    return replace(index.subset(np.flatnonzero(~is_huge)), damaged={**index.damaged, **huge})
+
+
+def _check_max(max_pixels: int) -> None:
+    if not 0 < max_pixels <= _PIL_PIXELS:
+        raise DataError(f"got {max_pixels:,}, want 1 to {_PIL_PIXELS:,}", argument="max_image_pixels")
 
 
 def scan_images(
-    root: str | Path, *, split: str | None = None, workers: int = 8, progress: Progress | None = None
+    root: str | Path,
+    *,
+    split: str = "train",
+    layout: Layout = "auto",
+    max_image_pixels: int = MAX_IMAGE_PIXELS,
+    workers: int = 8,
+    progress: Progress | None = None,
 ) -> ImageIndex:
-    """List the images of a folder or of tar shards, with their labels and sizes. Only headers and ends are read.
+    """List the images of one split, with their labels and sizes. Only headers and ends are read.
 
     A folder is laid out as `root/<class>/**/*.jpg`. Classes and labels are torchvision's: sorted class folders,
     hidden ones left out. A folder without class folders that hold images may hold images directly; they all get the
@@ -89,7 +137,9 @@ def scan_images(
 
     Args:
         root: the split's folder, or the folder that contains it or its shards.
-        split: name of a subfolder ("train") to use instead of `root` where it exists, or of shards (train-*.tar).
+        split: see `listing.choose`.
+        layout: see `listing.places`.
+        max_image_pixels: larger images are damaged ones.
         workers: processes.
         progress: wraps the parts of the work, as tqdm does.
 
@@ -97,23 +147,22 @@ def scan_images(
         The index. Files that can't be decoded are left out and listed in `damaged`.
 
     Raises:
-        DataError: no such folder, nothing in it, no images in it, no readable image in it, or a damaged shard.
+        DataError: no such folder or split, a folder that can be read in two ways, no readable image, or a damaged shard.
     """
-    root = Path(root)
-    if not root.is_dir():
-        raise DataError(f"got {root}, which is no folder; {_LAYOUT}")
-    if split is not None and (root / split).is_dir():
-        root = root / split
-    shards = find_shards(root)
-    if shards:
-        names = shards.get(split or "", shards.get("", []))
-        if not names:
-            raise DataError(f"got {root} with shards of {', '.join(shards)}, want some of {split}: {split or ''}-*.tar")
-        index = _scan_shards(root, names, workers, progress)
-    else:
-        index = _scan_folder(root, workers, progress)
+    return scan_place(
+        choose(Path(root), split, layout), max_image_pixels=max_image_pixels, workers=workers, progress=progress
+    )
+
+
+def scan_place(
+    place: Place, *, max_image_pixels: int = MAX_IMAGE_PIXELS, workers: int = 8, progress: Progress | None = None
+) -> ImageIndex:
+    """`scan_images` of a split whose place is known."""
+    _check_max(max_image_pixels)
+    scan_one = _scan_shards if place.shards else _scan_folder
+    index = scan_one(place, max_image_pixels, workers, progress)
     if not index.paths:
-        raise DataError(f"got {root}, where no image is readable: {_with_reasons(index.damaged)}")
+        raise DataError(f"got {place.folder}, where no image is readable: {_with_reasons(index.damaged)}")
     return index
 
 
@@ -121,22 +170,15 @@ def _with_reasons(damaged: dict[str, str]) -> str:
     return name_some(f"{name} ({reason})" for name, reason in damaged.items())
 
 
-def splits_of(root: Path) -> list[str]:
-    """The splits that a data set's folder holds, as subfolders or as names of shards; [""] where it has none."""
-    subfolders = [split for split in SPLITS if (root / split).is_dir()]
-    return subfolders or sorted(find_shards(root)) or [""]
-
-
-def _scan_folder(root: Path, workers: int, progress: Progress | None) -> ImageIndex:
-    class_names, paths, labels = _list_images(root)
-    if not paths:
-        state = "has no images" if any(root.iterdir()) else "is empty"
-        raise DataError(f"got {root}, which {state}; {_LAYOUT} (any of {' '.join(IMG_EXTENSIONS)})")
+def _scan_folder(place: Place, max_pixels: int, workers: int, progress: Progress | None) -> ImageIndex:
+    root = place.folder
+    class_names, paths, labels = list_classes(root)
     parts = [
         [os.path.join(root, path) for path in paths[i : i + _FILES_PER_TASK]]
         for i in range(0, len(paths), _FILES_PER_TASK)
     ]
-    headers = [header for part in in_parallel(_inspect_all, parts, workers, progress) for header in part]
+    inspect = partial(_inspect_all, max_pixels=max_pixels)
+    headers = [header for part in in_parallel(inspect, parts, workers, progress) for header in part]
     folders = class_names if os.path.dirname(paths[0]) else ["."]
     return _build(
         root,
@@ -148,79 +190,73 @@ def _scan_folder(root: Path, workers: int, progress: Progress | None) -> ImageIn
     )
 
 
-def _scan_shards(root: Path, files: list[Path], workers: int, progress: Progress | None) -> ImageIndex:
-    found: list[tuple[int, Sample]] = []
-    for shard, samples in enumerate(in_parallel(read_shard, [str(file) for file in files], workers, progress)):
-        found += [(shard, sample) for sample in samples]
+def _inspect_all(paths: list[str], max_pixels: int) -> list[Header]:
+    return [inspect_path(path, max_pixels) for path in paths]
+
+
+def _scan_shards(place: Place, max_pixels: int, workers: int, progress: Progress | None) -> ImageIndex:
+    root, files = place.folder, place.shards
+    read = partial(read_shard, max_pixels=max_pixels)
+    shards: list[Shard] = list(in_parallel(read, [str(file) for file in files], workers, progress))
+    left_out = sum((shard.left_out for shard in shards), Counter())
+    if left_out:
+        log.warning(
+            "%s: left out of its shards: %s", root, ", ".join(f"{n} x {what}" for what, n in left_out.most_common())
+        )
+    found = [(number, sample) for number, shard in enumerate(shards) for sample in shard.samples]
     if not found:
         raise DataError(f"got {root}, whose shards have no images; want <key>.jpg and <key>.cls in them")
-    found.sort(key=lambda pair: (pair[1].label, pair[1].name, pair[0]))
-    labels = np.array([sample.label for _, sample in found], dtype=np.int64)
-    if labels[0] < 0:
-        if labels[-1] >= 0:
-            raise DataError(f"got shard {files[found[0][0]]}, where {found[0][1].name} has no label though others have")
-        labels[:] = 0
-        class_names = (root.resolve().name,)
-    else:
-        class_names = tuple(str(label) for label in range(labels.max() + 1))
-    headers = [sample.header for _, sample in found]
+    class_names, labels, headers = _labels(root, [sample for _, sample in found])
+    twice = {name for name, n in Counter(sample.name for _, sample in found).items() if n > 1}
+    names = [f"{files[number].name}/{s.name}" if s.name in twice else s.name for number, s in found]
+    order = sorted(range(len(found)), key=lambda i: (labels[i], names[i]))
     return _build(
         root,
         class_names,
-        [sample.name for _, sample in found],
-        labels,
-        headers,
+        [names[i] for i in order],
+        np.array(labels, dtype=np.int64)[order],
+        [headers[i] for i in order],
         stamps={file.name: stamp_of(file) for file in files},
         shards=tuple(file.name for file in files),
-        spans=np.array([(shard, s.offset) for shard, s in found], dtype=np.int64),
+        spans=np.array([(number, sample.offset) for number, sample in found], dtype=np.int64)[order],
     )
+
+
+def _labels(root: Path, samples: list[Sample]) -> tuple[tuple[str, ...], list[int], list[Header]]:
+    """Class names, labels, and headers, in which a picture without a label is damaged where others have one."""
+    given = {sample.label for sample in samples} - {None}
+    if not given:
+        return (root.resolve().name,), [0] * len(samples), [sample.header for sample in samples]
+    if all(isinstance(label, int) for label in given):
+        class_names = tuple(str(label) for label in range(max(given) + 1))
+        labels = [sample.label or 0 for sample in samples]
+    else:
+        class_names = tuple(sorted(str(label) for label in given))
+        position = {name: label for label, name in enumerate(class_names)}
+        labels = [position.get(str(sample.label), 0) for sample in samples]
+    headers = [
+        sample.header if sample.label is not None or sample.header.reason else damaged(Verdict.UNLABELLED)
+        for sample in samples
+    ]
+    return class_names, labels, headers
 
 
 def _build(root, class_names, names, labels, headers: list[Header], *, spans=None, **fields) -> ImageIndex:
     verdicts = np.array([header.verdict for header in headers], dtype=np.int16)
     is_damaged = (verdicts & Verdict.DAMAGED) != 0
-    kept = np.flatnonzero(~is_damaged)
-    return ImageIndex(
+    whole = ImageIndex(
         root=root,
-        paths=[names[i] for i in kept],
-        labels=labels[kept],
+        paths=names,
+        labels=labels,
         class_names=tuple(class_names),
-        sizes=np.array([headers[i][:2] for i in kept], dtype=np.int32).reshape(-1, 2),
+        sizes=np.array([header[:2] for header in headers], dtype=np.int32).reshape(-1, 2),
         damaged={names[i]: headers[i].reason for i in np.flatnonzero(is_damaged)},
-        num_bytes=np.array([headers[i].num_bytes for i in kept], dtype=np.int64),
-        verdicts=verdicts[kept],
-        spans=None if spans is None else spans[kept],
+        num_bytes=np.array([header.num_bytes for header in headers], dtype=np.int64),
+        verdicts=verdicts,
+        spans=spans,
         **fields,
     )
-
-
-def _inspect_all(paths: list[str]) -> list[Header]:
-    return [inspect_path(path) for path in paths]
-
-
-def _list_images(root: Path) -> tuple[tuple[str, ...], list[str], list[int]]:
-    """Class names, relative image paths and labels."""
-    folders = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
-    per_class = [sorted(_walk(root, name)) for name in folders]
-    if any(per_class):
-        empty = [name for name, paths in zip(folders, per_class) if not paths]
-        if empty:  # they keep their label, so that two splits of one data set agree
-            log.warning("%s: classes without images: %s", root, name_some(empty))
-        paths = [path for paths in per_class for path in paths]
-        labels = [label for label, paths in enumerate(per_class) for _ in paths]
-        return tuple(folders), paths, labels
-    paths = sorted(entry.name for entry in os.scandir(root) if _is_image(entry.name) and entry.is_file())
-    return (root.resolve().name,), paths, [0] * len(paths)
-
-
-def _walk(root: Path, folder: str):
-    for base, _, files in os.walk(root / folder, followlinks=True):
-        relative = Path(base).relative_to(root).as_posix()
-        yield from (f"{relative}/{name}" for name in files if _is_image(name))
-
-
-def _is_image(name: str) -> bool:
-    return name.lower().endswith(IMG_EXTENSIONS)
+    return whole.subset(np.flatnonzero(~is_damaged))
 
 
 def names_by_verdict(index: ImageIndex) -> dict[str, list[str]]:
@@ -236,7 +272,15 @@ def names_by_verdict(index: ImageIndex) -> dict[str, list[str]]:
     return found
 
 
-def scan(root: Path, output: Path, *, workers: int, show_all: bool) -> None:
+def scan(
+    root: Path,
+    output: Path,
+    *,
+    layout: Layout = "auto",
+    max_image_pixels: int = MAX_IMAGE_PIXELS,
+    workers: int,
+    show_all: bool,
+) -> None:
     """Scan each split of `root`, print what was found, and write the index.
 
     Raises:
@@ -248,25 +292,30 @@ def scan(root: Path, output: Path, *, workers: int, show_all: bool) -> None:
             argument="output",
         )
     splits = {}
-    for split in splits_of(root):
+    for place in places(root, layout):
+        if place.split == "test":  # for no program here
+            continue
+        if place.split in splits:
+            raise DataError(f"got {root}, which holds {place.split} twice; rename one folder, or scan each alone")
         began = time.perf_counter()
-        index = splits[split] = scan_images(root, split=split or None, workers=workers, progress=_bar)
+        index = scan_place(place, max_image_pixels=max_image_pixels, workers=workers, progress=_bar)
+        splits[place.split] = index
         per_100k = (time.perf_counter() - began) * 1e5 / index.num_listed
         print(
-            f"{split or root}: {index.num_listed:,} images in {len(index.class_names):,} classes, "
+            f"{place.split or printable(str(root))}: {index.num_listed:,} images in {len(index.class_names):,} classes, "
             f"{len(index.damaged):,} left out; {per_100k:.1f} s per 100,000 files"
         )
         for title, names in names_by_verdict(index).items():
             print(f"  {title}: {len(names):,}")
             shown = names if show_all else names[:_LIMIT]
-            print("".join(f"    {name}\n" for name in shown), end="")
+            print("".join(f"    {printable(name)}\n" for name in shown), end="")
             if len(shown) < len(names):
                 print(f"    ... {len(names) - len(shown):,} more (--all)")
     try:
         save_indexes(output, splits, home=root)
     except OSError as error:
         raise DataError(f"got {output}, which can't be written: {error}", argument="output") from error
-    print(f"written: {output}")
+    print(f"written: {printable(str(output))}")
 
 
 def _bar(parts, total):
@@ -282,12 +331,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("dir", type=Path, help="folder of images or shards, or of train/ and val/")
     parser.add_argument("--output", type=Path, help=f"file for the index (default: DIR/{INDEX_FILE})")
+    parser.add_argument(
+        "--layout",
+        choices=LAYOUTS,
+        default="auto",
+        help="what DIR holds: folders of splits, of classes, or shards (default: what its listing says)",
+    )
+    parser.add_argument(
+        "--max-image-pixels",
+        type=int,
+        default=MAX_IMAGE_PIXELS,
+        help=f"leave out larger images (default: {MAX_IMAGE_PIXELS:,})",
+    )
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: one a core)")
     parser.add_argument("--all", action="store_true", help=f"print all names, not the first {_LIMIT} of a kind")
     args = parser.parse_args(argv)
     try:
-        with flags(output="--output"):
-            scan(args.dir, args.output or args.dir / INDEX_FILE, workers=args.workers, show_all=args.all)
+        with flags(
+            **{name: f"--{name.replace('_', '-')}" for name in ("output", "layout", "max_image_pixels", "workers")}
+        ):
+            scan(
+                args.dir,
+                args.output or args.dir / INDEX_FILE,
+                layout=args.layout,
+                max_image_pixels=args.max_image_pixels,
+                workers=args.workers,
+                show_all=args.all,
+            )
     except DataError as error:
         print(f"scan: {error}", file=sys.stderr)
         return EXIT_INPUT

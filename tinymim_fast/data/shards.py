@@ -1,134 +1,120 @@
-"""Tar shards in webdataset's layout: `<key>.jpg` and `<key>.cls` side by side, read in any order through memory maps."""
+"""Tar shards in webdataset's layout, `<key>.jpg` and `<key>.cls` side by side, as we and others write them."""
 
 from __future__ import annotations
 
 import json
-import mmap
 import os
-import resource
 import tarfile
-from pathlib import Path
+from collections import Counter
 from typing import NamedTuple
 
-import numpy as np
-
+from tinymim_fast.data.decode import MAX_IMAGE_PIXELS, one_line
 from tinymim_fast.data.errors import DataError
 from tinymim_fast.data.headers import IMG_EXTENSIONS, Header, inspect
-from tinymim_fast.files import PREFIX
 
+MAX_LABEL = 999_999  # larger ones are ids of something, not classes
+_MAX_SIDECAR = 1 << 16  # bytes of a .cls or .json
 _BLOCK = 512  # bytes; zeros behind the last member end an archive
 
 
 class Sample(NamedTuple):
-    """One image of a shard: its name, label (-1 where there is none), position and size in bytes, and header."""
+    """One picture of a shard: name, label (a class's number or name, None where there is none), position in bytes, header."""
 
     name: str
-    label: int
+    label: int | str | None
     offset: int
     header: Header
 
 
-def read_shard(path: str) -> list[Sample]:
-    """The images of one shard, in its order; only headers and labels are read.
+class Shard(NamedTuple):
+    """What one shard holds: its pictures in their order, and how many members of each kind were left out."""
+
+    samples: list[Sample]
+    left_out: Counter[str]
+
+
+def read_shard(path: str, max_pixels: int = MAX_IMAGE_PIXELS) -> Shard:
+    """The pictures of one shard; only headers and labels are read.
+
+    A sample is what shares a key, the name up to the first dot of its last part. Its picture is the member with the shortest
+    ending ("jpg" before "mask.png"), its label the number or the class name in `.cls`, else "label" or "cls" in `.json`.
+    Further pictures of a sample, links, sparse members, `._*` files of macOS and sidecars without a label are counted.
+
+    Args:
+        path: the tar file.
+        max_pixels: an image of more is damaged.
 
     Raises:
-        DataError: the shard is damaged or truncated, or a label is no integer; names the shard.
+        DataError: the shard is damaged or truncated, a name is in it twice, or a label is out of range; names the shard.
     """
-    images: dict[str, list] = {}
-    labels: dict[str, int] = {}
+    images: dict[str, list[tuple[str, tarfile.TarInfo]]] = {}
+    labels: dict[str, dict[str, int | str]] = {}
+    names, left_out = set(), Counter()
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
-                if not member.isfile():
+                if member.isdir():
                     continue
                 folder, _, base = member.name.rpartition("/")
-                stem, _, ending = base.partition(".")  # webdataset's key ends at the first dot
+                stem, _, ending = base.partition(".")
+                if not member.isreg() or member.issparse() or base.startswith("._"):
+                    left_out["._ file" if base.startswith("._") else "link or special member"] += 1
+                    continue
+                if member.name in names:
+                    raise DataError(f"got shard {path}, where {member.name} comes twice; names must differ")
+                names.add(member.name)
                 key = f"{folder}/{stem}"
                 if f".{ending}".lower().endswith(IMG_EXTENSIONS):
-                    images.setdefault(key, []).append((member.name, member.offset_data, inspect_member(tar, member)))
+                    images.setdefault(key, []).append((ending.lower(), member))
                 elif ending in ("cls", "json"):
-                    label = _label(tar.extractfile(member).read(), ending)
-                    if label is not None:
-                        labels[key] = label
+                    label = _label(tar.extractfile(member).read(_MAX_SIDECAR + 1), ending)
+                    if label is None:
+                        left_out["sidecar without a label"] += 1
+                    else:
+                        _check(label, path, member.name)
+                        labels.setdefault(key, {})[ending] = label
             if os.path.getsize(path) < tar.offset + _BLOCK:  # tarfile takes a missing end for the end
                 raise tarfile.ReadError("the end is missing")
-    except (OSError, tarfile.TarError, ValueError) as error:
+            samples = []
+            for key, found in images.items():
+                found.sort(
+                    key=lambda pair: (pair[0].count("."), IMG_EXTENSIONS.index(f".{pair[0].rpartition('.')[2]}"))
+                )
+                left_out["further picture of a sample"] += len(found) - 1
+                member = found[0][1]
+                of_key = labels.get(key, {})
+                with tar.extractfile(member) as file:
+                    header = inspect(file, member.name, max_pixels)
+                samples.append(Sample(member.name, of_key.get("cls", of_key.get("json")), member.offset_data, header))
+    except DataError:
+        raise
+    except Exception as error:  # what tarfile raises on damaged archives is not documented
         raise DataError(
-            f"got shard {path}, which is damaged or truncated: {error}; copy or pack it again, or remove it"
+            f"got shard {path}, which is damaged or truncated: {one_line(error)}; copy or pack it again, or remove it"
         ) from error
-    return [
-        Sample(name, labels.get(key, -1), offset, header)
-        for key, found in images.items()
-        for name, offset, header in found
-    ]
+    samples.sort(key=lambda sample: sample.offset)
+    return Shard(samples, +left_out)
 
 
-def inspect_member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> Header:
-    """`inspect` of an image inside a shard."""
-    with tar.extractfile(member) as file:
-        return inspect(file, member.name)
+def _label(content: bytes, ending: str) -> int | str | None:
+    """The label in a sidecar, None for one that is broken, too long, or says something else."""
+    if len(content) > _MAX_SIDECAR:
+        return None
+    try:
+        label = content.decode().strip() if ending == "cls" else json.loads(content)
+    except (ValueError, RecursionError):
+        return None
+    if isinstance(label, dict):
+        label = label.get("label", label.get("cls"))
+    if isinstance(label, str):
+        label = label.strip()
+        digits = label.removeprefix("-")
+        return int(label) if digits.isascii() and digits.isdigit() and len(digits) < 20 else label or None
+    return label if isinstance(label, int) and not isinstance(label, bool) else None
 
 
-def _label(content: bytes, ending: str) -> int | None:
-    if ending == "cls":
-        return int(content)
-    described = json.loads(content)
-    label = described.get("label", described.get("cls")) if isinstance(described, dict) else described
-    return label if isinstance(label, int) else None
-
-
-class ShardMaps:
-    """Memory maps of shards, each made when it is first read; a copy in another process makes its own."""
-
-    def __init__(self, root: str | Path, names: tuple[str, ...]):
-        self.root, self.names = root, names
-        self._maps: dict[int, np.ndarray] = {}
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)  # Python keeps a file descriptor for each map
-        wanted = soft + len(names)
-        resource.setrlimit(
-            resource.RLIMIT_NOFILE, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard)
+def _check(label: int | str, path: str, name: str) -> None:
+    if isinstance(label, int) and not 0 <= label <= MAX_LABEL:
+        raise DataError(
+            f"got shard {path}, where {name} has the label {label}, want a class: 0 to {MAX_LABEL:,}, or a name"
         )
-
-    def __reduce__(self):
-        return ShardMaps, (self.root, self.names)
-
-    def view(self, shard: int, offset: int, num_bytes: int) -> np.ndarray:
-        """(num_bytes,) uint8 of a shard, read-only and without a copy.
-
-        Raises:
-            DataError: the shard is missing or shorter than indexed; names it.
-        """
-        whole = self._maps.get(shard)
-        if whole is None:
-            whole = self._maps[shard] = self._open(shard)
-        found = whole[offset : offset + num_bytes]
-        if len(found) != num_bytes:
-            raise DataError(
-                f"got shard {self._path(shard)} of {len(whole)} bytes, which ends before an indexed image: it is truncated; "
-                "copy or pack it again"
-            )
-        return found
-
-    def _path(self, shard: int) -> str:
-        return os.path.join(self.root, self.names[shard])
-
-    def _open(self, shard: int) -> np.ndarray:
-        try:
-            with open(self._path(shard), "rb") as file:
-                return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), dtype=np.uint8)
-        except (OSError, ValueError) as error:  # ValueError: an empty file
-            raise DataError(
-                f"got shard {self._path(shard)}, which can't be read: {error}; copy or pack it again"
-            ) from error
-
-
-def find_shards(folder: Path) -> dict[str, list[Path]]:
-    """The .tar files in a folder by split: train, val, or "" where their names tell none."""
-    splits: dict[str, list[Path]] = {}
-    for path in sorted(folder.glob("*.tar")):
-        if path.name.startswith(PREFIX):  # being packed, or left by a killed pack
-            continue
-        words = path.stem.replace("_", "-").split("-")
-        split = next((s for s in ("train", "val") if s in words or (s == "val" and "validation" in words)), "")
-        splits.setdefault(split, []).append(path)
-    return splits

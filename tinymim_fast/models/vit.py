@@ -2,37 +2,83 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import timm
 import torch
 from timm.layers import Attention, DropPath
+from timm.models import register_model
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
 from tinymim_fast.errors import InputError
+from tinymim_fast.models.architecture import check_kwargs, check_name
 
 
-def create_vit(name: str, *, img_size: int, **kwargs: Any) -> VisionTransformer:
-    """`timm.create_model` without a classifier, refusing what taps do not fit.
+def create_vit(name: str, *, img_size: int, pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
+    """`timm.create_model`, without a classifier by default, refusing what taps do not fit.
 
     Args:
-        name: timm model name, or `local-dir:DIR`.
+        name: plain timm model name.
         img_size: side of the square input, pixels.
-        **kwargs: for the model, e.g. `reg_tokens`, `class_token`, `patch_size`, `pretrained`.
+        pretrained: load timm's own weights, over the network where they are not cached.
+        **kwargs: for the model, any of `architecture.KWARGS`, e.g. `reg_tokens`, `class_token`; `num_heads` may be
+            a list, one number for each block.
 
     Raises:
-        InputError: unknown name, arguments that timm refuses, or not a plain VisionTransformer; argument "model".
+        InputError: unknown name (argument "model"), arguments that can't be (argument "model_kwargs"), or not a plain
+            VisionTransformer (argument "model").
     """
+    check_name(name)
+    kwargs = {"num_classes": 0, **check_kwargs(kwargs)}
     if not kwargs.get("class_token", True):
         kwargs.setdefault("global_pool", "avg")
+    heads = kwargs.get("num_heads")
+    if isinstance(heads, (list, tuple)):
+        kwargs["num_heads"] = heads[0]
     try:
-        model = timm.create_model(name, num_classes=0, img_size=img_size, **kwargs)
-    except (RuntimeError, TypeError, AssertionError, ValueError) as error:
-        given = f" with {kwargs}" if kwargs else ""
+        model = timm.create_model(name, img_size=img_size, pretrained=pretrained, **kwargs)
+    except (RuntimeError, TypeError, AssertionError, ValueError, KeyError, ArithmeticError, MemoryError) as error:
+        given = f" with {kwargs}" if len(kwargs) > 1 else ""
         raise InputError(f"{name}: timm can't build it{given}: {error}", argument="model") from error
     check_supported(model, name)
+    if isinstance(heads, (list, tuple)):
+        set_num_heads(model, heads)
     return model
+
+
+def set_num_heads(model: VisionTransformer, num_heads: Sequence[int]) -> None:
+    """Give each block its number of heads, in place; no weight changes: a head is a group of channels.
+
+    Args:
+        model: see `check_supported`.
+        num_heads: one number for each block.
+
+    Raises:
+        InputError: not one for each block, a number that does not divide the width, or a qk-norm, whose weights are as
+            wide as a head; argument "model_kwargs".
+    """
+    if len(num_heads) != len(model.blocks):
+        raise InputError(
+            f"got num_heads for {len(num_heads)} blocks, but the model has {len(model.blocks)}", argument="model_kwargs"
+        )
+    for number, (block, heads) in enumerate(zip(model.blocks, num_heads, strict=True), 1):
+        attn = block.attn
+        if heads == attn.num_heads:
+            continue
+        if attn.attn_dim % heads:
+            raise InputError(
+                f"got {heads} heads for block {number}, want a number that divides its width {attn.attn_dim}",
+                argument="model_kwargs",
+            )
+        if not isinstance(attn.q_norm, nn.Identity):
+            raise InputError(
+                "got other numbers of heads in other blocks with qk_norm, whose weights are as wide as one; want one",
+                argument="model_kwargs",
+            )
+        attn.num_heads, attn.head_dim = heads, attn.attn_dim // heads
+        attn.scale = attn.head_dim**-0.5
 
 
 def check_supported(model: nn.Module, name: str) -> None:
@@ -57,8 +103,8 @@ def check_supported(model: nn.Module, name: str) -> None:
         if type(block) is not Block or attn is not Attention:
             raise _unsupported(
                 name,
-                f"block {i} is a {type(block).__name__} with {attn.__name__}, want timm's Block with Attention (pre-norm, "
-                "one qkv projection)",
+                f"block {i} is a {type(block).__name__} with {attn.__name__}, want timm's Block with Attention "
+                "(pre-norm, one qkv projection)",
             )
 
 
@@ -113,6 +159,31 @@ def set_constant_drop_path(model: VisionTransformer, rate: float) -> None:
         block.drop_path2 = DropPath(rate) if rate else nn.Identity()
 
 
+class _Fp32BatchNorm:
+    """Mixed into a BatchNorm whose weights an engine casts to 16 bits: it computes in the type of its statistics."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.weight is None or self.weight.dtype == self.running_mean.dtype:
+            return super().forward(x)
+        kept = self._parameters  # not torch.func.functional_call, which would call a user's hooks a second time
+        self._parameters = {name: parameter.float() for name, parameter in kept.items()}
+        try:
+            return super().forward(x.float()).to(x.dtype)
+        finally:
+            self._parameters = kept
+
+
+def keep_batch_norm_fp32(model: nn.Module) -> None:
+    """Make BatchNorms (of timm's hybrids) take 16-bit weights and images beside fp32 statistics, in place.
+
+    PyTorch's batch norm refuses such a mixture on the CPU, and statistics in bf16 would stop moving 2 % from the mean.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
+            kind = type(module)
+            module.__class__ = type(f"Fp32{kind.__name__}", (_Fp32BatchNorm, kind), {})
+
+
 def sincos_2d(grid: tuple[int, int], dim: int, num_prefix_tokens: int) -> torch.Tensor:
     """Fixed position embedding (1, prefix + rows * columns, dim), fp32; zero for prefix tokens.
 
@@ -134,5 +205,41 @@ def sincos_2d(grid: tuple[int, int], dim: int, num_prefix_tokens: int) -> torch.
 
 
 def head_layout(model: VisionTransformer) -> dict[str, Any]:
-    """What of the attention's layout a later loader must not change silently."""
-    return {"embed_dim": model.embed_dim, "num_heads": [b.attn.num_heads for b in model.blocks]}
+    """Width, and the number of heads of each block: what no weight shows, and a loader must not change silently."""
+    return {"embed_dim": model.embed_dim, "num_heads": [block.attn.num_heads for block in model.blocks]}
+
+
+def check_heads(model: VisionTransformer, num_heads: Sequence[int], source: object) -> None:
+    """Refuse a model whose blocks have other numbers of heads than the weights that it gets were trained with.
+
+    Args:
+        model: as built.
+        num_heads: of the checkpoint, one number for each block.
+        source: the checkpoint, for the message.
+
+    Raises:
+        InputError: names the first block that differs and both numbers; argument "model_kwargs".
+    """
+    built = head_layout(model)["num_heads"]
+    for number, (ours, theirs) in enumerate(zip(built, num_heads), 1):
+        if ours != theirs:
+            raise InputError(
+                f"block {number} has {ours} heads in the model and {theirs} in {source}; weights mean something else "
+                f"under another number: leave num_heads out, or give {list(num_heads)}",
+                argument="model_kwargs",
+            )
+
+
+@register_model
+def tinymim_fast_vit(
+    pretrained: bool = False, *, base: str, num_heads: Sequence[int], **kwargs: Any
+) -> VisionTransformer:
+    """timm's model `base` with a number of heads for each block, which no plain timm model can have.
+
+    What `tinymim_fast.export` names in such a model's config.json: `timm.create_model("local-dir:DIR",
+    pretrained=True)` gives it after `import tinymim_fast.models`, and without that import fails, rather than give
+    other attention.
+    """
+    model = timm.model_entrypoint(check_name(base))(pretrained=pretrained, num_heads=num_heads[0], **kwargs)
+    set_num_heads(model, num_heads)
+    return model

@@ -9,6 +9,8 @@ from tinymim_fast.config import RunConfig, to_dict
 from tinymim_fast.errors import InputError, flags
 
 if TYPE_CHECKING:
+    import torch
+
     from tinymim_fast.distributed import World
     from tinymim_fast.models.taps import Taps
     from tinymim_fast.training.task import Task, Views
@@ -25,10 +27,12 @@ class DistillConfig(RunConfig):
         teacher_checkpoint: an official MAE or TinyMIM `.pth`, a checkpoint or export of this package (folder or
             file), or `timm:NAME` for timm's own weights.
         student_model: timm name of a VisionTransformer.
-        student_model_kwargs: passed to `timm.create_model`, e.g. `{"reg_tokens": 4}`.
+        student_model_kwargs: passed to `timm.create_model`, e.g. `{"reg_tokens": 4}`; `num_heads` may be a list, one number for
+            each block.
         student_pos_embed: "sincos", fixed as in MAE, or "learn".
         teacher_model: timm name of the teacher; read from the checkpoint where that says it.
-        teacher_model_kwargs: passed to `timm.create_model`.
+        teacher_model_kwargs: passed to `timm.create_model`; `num_heads` may be a list, one number for each block.
+        teacher_key: of several models in the teacher's file, the one below this key, e.g. "teacher".
         target_block: the teacher's block, 1-based; default 18 for 24 blocks (ViT-L), else the last.
         relation_heads: heads of the relations; must divide both widths; default the teacher's.
         relations: any of qk, vv, qq, kk.
@@ -46,6 +50,7 @@ class DistillConfig(RunConfig):
     student_pos_embed: Literal["sincos", "learn"] = "sincos"
     teacher_model: str | None = None
     teacher_model_kwargs: dict[str, Any] = field(default_factory=dict)
+    teacher_key: str | None = None
     target_block: int | None = None
     relation_heads: int | None = None
     relations: tuple[Literal["qk", "vv", "qq", "kk"], ...] = ("qk", "vv")
@@ -79,19 +84,23 @@ def build_teacher(config: DistillConfig) -> "tuple[Taps, int, int]":
     from tinymim_fast.models.taps import Place, Taps
     from tinymim_fast.models.vit import default_target_block
 
-    names = {"source": "checkpoint", "model": "model", "model_kwargs": "model_kwargs"}
+    names = {"source": "checkpoint", "model": "model", "model_kwargs": "model_kwargs", "key": "key"}
     with flags(**{name: f"teacher_{field}" for name, field in names.items()}, block="target_block"):
         vit, info = load_encoder(
             config.teacher_checkpoint,
             model=config.teacher_model,
             model_kwargs=config.teacher_model_kwargs,
             img_size=config.img_size,
+            key=config.teacher_key,
         )
         block = config.target_block or default_target_block(len(vit.blocks))
         teacher = Taps(vit, [Place("qkv", block)])
     # A student of this package reproduced relations of so many heads in its last block; as a teacher it offers those.
     heads = config.relation_heads or info.head_layout.get("relation_heads") or vit.blocks[block - 1].attn.num_heads
     logger.info("teacher: %s, block %d, %d relation heads", info.architecture, block, heads)
+    other = info.expects.differences(config.mean, config.std) if info.expects else []
+    if other:
+        logger.warning("the teacher was trained on images of another %s", "; of another ".join(other))
     return teacher, block, heads
 
 
@@ -108,19 +117,28 @@ def build_task(config: DistillConfig, world: "World", checkpoint: Path | None) -
     """
     import torch
 
-    from tinymim_fast.models.checkpoints import ModelInfo, load_state, read_weights
+    from tinymim_fast.models.checkpoints import restore
+    from tinymim_fast.models.model_info import ModelInfo
     from tinymim_fast.models.taps import Place, Taps
-    from tinymim_fast.models.vit import create_vit, freeze, head_layout, init_mae_style, set_constant_drop_path
+    from tinymim_fast.models.vit import (
+        create_vit,
+        freeze,
+        head_layout,
+        init_mae_style,
+        keep_batch_norm_fp32,
+        set_constant_drop_path,
+    )
     from tinymim_fast.targets.relations import RelationDistiller
-    from tinymim_fast.training.task import Task, train_view
+    from tinymim_fast.training.task import Task, saved_buffers, train_view, without_prefix
 
     names = {"model": "student_model", "model_kwargs": "student_model_kwargs", "pos_embed": "student_pos_embed"}
     with flags(**names, source="output_dir"):
         student = create_vit(config.student_model, img_size=config.img_size, **config.student_model_kwargs)
         init_mae_style(student, pos_embed=config.student_pos_embed)
         set_constant_drop_path(student, config.drop_path)
+        keep_batch_norm_fp32(student)
         if checkpoint is not None:
-            load_state(student, read_weights(checkpoint)[0], source=str(checkpoint), name=config.student_model)
+            restore(student, checkpoint)
     layout = head_layout(student)
     initial = {name: tensor.detach().clone() for name, tensor in student.state_dict().items()}
 
@@ -147,13 +165,16 @@ def build_task(config: DistillConfig, world: "World", checkpoint: Path | None) -
         (qkv_t,) = teacher(teacher_view).values()
         return student_view, qkv_t
 
+    def weights(trained: "dict[str, torch.Tensor]") -> "dict[str, torch.Tensor]":
+        # What the loss can't reach is not in the engine: it keeps its initial fp32 values, whatever ZeRO and AdamW do.
+        return {**initial, **saved_buffers(taps.model, initial), **without_prefix(trained, PREFIX)}
+
     return Task(
         model=distiller,
         prepare=prepare,
         parts=("loss", *config.relations),
         view=train_view(config, world, color_jitter=config.color_jitter),
-        # What the loss can't reach is not in the engine: it keeps its initial fp32 values, whatever ZeRO and AdamW do.
-        weights=lambda trained: {**initial, **{name.removeprefix(PREFIX): t for name, t in trained.items()}},
+        weights=weights,
         info=ModelInfo(
             architecture=config.student_model,
             model_kwargs={**config.student_model_kwargs, "img_size": config.img_size},

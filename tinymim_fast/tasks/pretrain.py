@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tinymim_fast.config import RunConfig, to_dict
+from tinymim_fast.errors import flags
 
 if TYPE_CHECKING:
     import torch
@@ -60,13 +61,16 @@ def build_task(config: PretrainConfig, world: "World", checkpoint: Path | None) 
     Raises:
         InputError: a model or checkpoint that can't be used.
     """
-    from tinymim_fast.models.checkpoints import ModelInfo, read_weights
+    from tinymim_fast.models.checkpoints import read_weights
     from tinymim_fast.models.mae import MaskedAutoencoder
-    from tinymim_fast.models.vit import create_vit, head_layout
-    from tinymim_fast.training.task import Task, train_view
+    from tinymim_fast.models.model_info import ModelInfo
+    from tinymim_fast.models.vit import check_heads, create_vit, head_layout, keep_batch_norm_fp32
+    from tinymim_fast.models.weights_file import check_finite
+    from tinymim_fast.training.task import Task, saved_buffers, train_view, without_prefix
 
     encoder = create_vit(config.model, img_size=config.img_size, **config.model_kwargs)
     layout = head_layout(encoder)
+    keep_batch_norm_fp32(encoder)
     model = MaskedAutoencoder(
         encoder,
         mask_ratio=config.mask_ratio,
@@ -76,12 +80,16 @@ def build_task(config: PretrainConfig, world: "World", checkpoint: Path | None) 
         norm_pix_loss=config.norm_pix_loss,
     )
     if checkpoint is not None:
-        saved, _ = read_weights(checkpoint)
+        saved, info = read_weights(checkpoint)
+        with flags(source="output_dir"):
+            check_finite(saved, checkpoint)
+        if info is not None:
+            check_heads(encoder, info.head_layout.get("num_heads", []), checkpoint)
         model.load_state_dict({_engine_name(name): tensor for name, tensor in saved.items()})
-    initial = {name.removeprefix(PREFIX): tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    initial = {name: tensor.detach().clone() for name, tensor in without_prefix(model.state_dict(), PREFIX).items()}
 
     def weights(trained: "dict[str, torch.Tensor]") -> "dict[str, torch.Tensor]":
-        return {**initial, **{name.removeprefix(PREFIX): tensor for name, tensor in trained.items()}}
+        return {**initial, **saved_buffers(encoder, initial), **without_prefix(trained, PREFIX)}
 
     return Task(
         model=model,

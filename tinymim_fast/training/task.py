@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +11,7 @@ from torch import nn
 from tinymim_fast.config import RunConfig
 from tinymim_fast.data.views import TrainView
 from tinymim_fast.distributed import World
-from tinymim_fast.models.checkpoints import ModelInfo
+from tinymim_fast.models.model_info import ModelInfo
 
 Views = tuple[torch.Tensor, ...]
 
@@ -51,3 +51,19 @@ def train_view(config: RunConfig, world: World, *, color_jitter: float | None = 
         # half the bytes; the CPU is slower at it
         dtype=torch.float16 if config.bf16 and world.device.type == "cuda" else torch.float32,
     )
+
+
+def without_prefix(state: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    """The same tensors, `prefix` taken off the names that have it."""
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+
+
+def saved_buffers(model: nn.Module, names: Container[str]) -> dict[str, torch.Tensor]:
+    """What training changes without a gradient: BatchNorm's statistics as they are now, fp32, those of rank 0 where it saves.
+
+    Args:
+        model: the trained part of a model, as the engine holds it.
+        names: of what a checkpoint holds; other buffers are worked out anew at each start.
+    """
+    buffers = {name: buffer.detach() for name, buffer in model.named_buffers() if name in names}
+    return {name: buffer.float() if buffer.is_floating_point() else buffer for name, buffer in buffers.items()}

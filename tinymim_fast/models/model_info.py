@@ -1,0 +1,103 @@
+"""What a weights file of this package says of itself, and what of it is believed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from tinymim_fast.errors import InputError
+from tinymim_fast.models.architecture import check_kwargs, check_name, shown
+from tinymim_fast.models.preprocessing import Preprocessing
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What a weights file holds.
+
+    Args:
+        architecture: timm name.
+        model_kwargs: for `create_vit`, `img_size` included.
+        kind: "tinymim" (distilled), "mae", "fine-tuned", "timm", or "foreign": a file that says nothing of itself.
+        head_layout: width and heads of each block; for distilled students also `relation_heads`.
+        recipe: the run's resolved configuration.
+        step: optimizer steps taken.
+        epoch: epochs, as a fraction.
+        preprocessing: fields of `Preprocessing`, where the recipe does not say them.
+    """
+
+    architecture: str
+    model_kwargs: dict[str, Any]
+    kind: str
+    head_layout: dict[str, Any]
+    recipe: dict[str, Any] = field(default_factory=dict)
+    step: int = 0
+    epoch: float = 0.0
+    preprocessing: dict[str, Any] | None = None
+
+    @property
+    def expects(self) -> Preprocessing | None:
+        """How the images that the model was trained on were made; None where nothing says it."""
+        return Preprocessing.from_config(self.preprocessing or self.recipe, self.architecture)
+
+    @classmethod
+    def from_json(cls, text: str, path: object) -> ModelInfo:
+        """What `save_weights` wrote into a file's metadata, or anybody else: everything in it is checked.
+
+        Raises:
+            InputError: not such a description, or a name, argument or number that can't be; argument "source".
+        """
+        try:
+            found = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{path}: its description is no JSON", argument="source") from error
+        return cls.from_dict(found, path)
+
+    @classmethod
+    def from_dict(cls, found: Any, path: object) -> ModelInfo:
+        """`from_json` of what JSON holds.
+
+        Raises:
+            InputError: see `from_json`.
+        """
+        known = {name: kinds for name, kinds in INFO_TYPES.items() if isinstance(found, dict) and name in found}
+        for name, kinds in known.items():
+            if not isinstance(found[name], kinds) or isinstance(found[name], bool):
+                raise InputError(f"{path}: its description has {name} {shown(found[name])}", argument="source")
+        lacking = [name for name in ("architecture", "model_kwargs", "kind", "head_layout") if name not in known]
+        if lacking:
+            raise InputError(f"{path}: its description lacks {', '.join(lacking)}", argument="source")
+        info = cls(**{name: found[name] for name in known})
+        of_file(path, "its architecture", check_name, info.architecture)
+        of_file(path, "its model_kwargs", check_kwargs, info.model_kwargs)
+        layout = info.head_layout
+        numbers = [layout.get(name, 1) for name in ("embed_dim", "relation_heads", "teacher_block")]
+        heads = layout.get("num_heads", [])
+        if not isinstance(heads, list) or any(type(n) is not int or n < 1 for n in [*numbers, *heads]):
+            raise InputError(f"{path}: its description has a head_layout that can't be", argument="source")
+        if info.recipe.get("student_pos_embed", "sincos") not in ("sincos", "learn"):
+            raise InputError(f"{path}: its recipe has a student_pos_embed that can't be", argument="source")
+        Preprocessing.from_config(info.preprocessing or info.recipe, path)
+        return info
+
+
+INFO_TYPES: dict[str, Any] = {
+    "architecture": str,
+    "model_kwargs": dict,
+    "kind": str,
+    "head_layout": dict,
+    "recipe": dict,
+    "step": int,
+    "epoch": (int, float),
+    "preprocessing": (dict, type(None)),
+}
+
+
+def of_file(path: object, what: str, check: Callable[[Any], Any], value: Any) -> Any:
+    """`check(value)`; an `InputError` of it says that `what` of the file is at fault, argument "source"."""
+    try:
+        return check(value)
+    except InputError as error:
+        error.argument = None
+        raise InputError(f"{path}: {what}: {error}", argument="source") from error
