@@ -24,6 +24,7 @@ from tinymim_fast.data.plan import EvalPlan, TrainPlan
 log = logging.getLogger(__name__)
 
 _WORKER_DEATH = re.compile(r"DataLoader worker \(pid.*(killed by signal|exited unexpectedly)")
+_LOST_TENSORS = (ConnectionError, EOFError, FileNotFoundError)  # what it had sent can't be fetched from it any more
 _MAX_DEATHS = 3  # in a row, before a batch comes out
 _JITTER = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation)  # indexed by BRIGHTNESS, CONTRAST, SATURATION
 _BICUBIC = F.InterpolationMode.BICUBIC
@@ -115,8 +116,8 @@ def batches(
                 for views in running:
                     yield views
                     done, deaths = done + 1, 0
-        except RuntimeError as error:
-            if not _WORKER_DEATH.search(str(error)):
+        except (RuntimeError, *_LOST_TENSORS) as error:
+            if isinstance(error, RuntimeError) and not _WORKER_DEATH.search(str(error)):
                 raise
             deaths += 1
             if deaths == _MAX_DEATHS:
