@@ -19,6 +19,7 @@ from tinymim_fast.data.bad_files import BadFiles
 from tinymim_fast.data.pack import main as pack_main
 from tinymim_fast.data.pack import pack
 from tinymim_fast.data.scan import main as scan
+from tinymim_fast.data.scan import names_by_verdict
 
 GREY = np.tile(np.linspace(0, 255, 64), (64, 1))  # mean 127.5 of 255
 PLAIN = {"mean": (0, 0, 0), "std": (1, 1, 1)}
@@ -77,16 +78,26 @@ def test_the_value_range_is_the_files(tmp_path, loader_name):
     assert all(abs(mean - 127.2) < 0.8 for mean in means.values()), means
 
 
-def test_values_without_a_range_are_refused(tmp_path):
+def test_values_without_a_range_are_replaced(tmp_path, loader_name):
     (tmp_path / "c").mkdir()
     Image.fromarray((GREY * 300).astype(np.int32)).save(tmp_path / "c" / "int.tif")
     Image.fromarray((GREY - 100).astype(np.float32)).save(tmp_path / "c" / "negative.tif")
     Image.fromarray(np.where(GREY > 100, np.nan, GREY).astype(np.float32)).save(tmp_path / "c" / "nan.tif")
     Image.fromarray(GREY.astype(np.uint8)).save(tmp_path / "c" / "plain.png")
-    damaged = scan_images(tmp_path).damaged
-    assert damaged.keys() == {"c/int.tif", "c/negative.tif", "c/nan.tif"}
-    assert damaged["c/int.tif"].startswith("unsupported: integers of 32 bits")
-    assert damaged["c/negative.tif"] == "unsupported: floating-point values from -100 to 155, want 0 to 1 or 0 to 255"
+    index = scan_images(tmp_path)
+    wanted = {"c/int.tif", "c/nan.tif", "c/negative.tif"}
+    assert set(names_by_verdict(index)["no-range"]) == wanted and index.damaged == {}
+    assert BadFiles(index).by_path.keys() == wanted and BadFiles(index, 0.5).too_many
+    for name in wanted:
+        with pytest.raises(
+            DataError, match=r"floating-point values from|integers of 32 bits, whose range no file tells"
+        ):
+            index.read_image(index.paths.index(name))
+    with train_loader(index, loader_name, batch_size=4, workers=1, **WHOLE) as loader:
+        ((views,),) = loader.batches(0, 1)
+        assert (255 * views.mean(dim=(1, 2, 3)) - 127).abs().max() < 1, "the fourth, four times"
+    with pytest.raises(DataError, match=r"3 images can't be decoded: c/int\.tif"):
+        eval_loader(index, loader_name)
 
 
 def test_what_changed_since_the_scan_is_found_before_decoding(noise, loader_name):

@@ -8,9 +8,12 @@ import numpy as np
 
 from tinymim_fast.data.draws import draw_replacements
 from tinymim_fast.data.errors import DataError, ImageError, name_some
+from tinymim_fast.data.headers import Verdict
 from tinymim_fast.data.index import ImageIndex
 
 _REPLACEMENTS = 16  # of one sample to try; all fail where something else than a few files is broken
+
+_NO_RANGE = "values without a known range: integers of 32 bits, or floating point beyond 0 to 255"
 
 
 class BadFiles:
@@ -23,12 +26,14 @@ class BadFiles:
         max_share: largest share of them, those left out by the scan included, that may be bad; of 1.
 
     Attributes:
-        reasons: sample id -> why it can't be decoded; what was found since the scan.
+        reasons: sample id -> why it can't be decoded: values without a range by the scan, and what was found since.
     """
 
     def __init__(self, index: ImageIndex, max_share: float = 1.0):
         self.index, self.max_share = index, max_share
         self.reasons: dict[int, str] = {}
+        if index.verdicts is not None:
+            self.update(dict.fromkeys(np.flatnonzero(index.verdicts & Verdict.NO_RANGE).tolist(), _NO_RANGE))
 
     def add(self, sample_id: int, reason: str) -> None:
         """A loader found this one."""

@@ -23,6 +23,10 @@ FORMATS = (
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # the limit is ours
 
 
+class RangeError(ValueError):
+    """Values of which no file tells what is black and what is white."""
+
+
 def decode_rgb(file: str | BinaryIO, name: str, size: tuple[int, int] | None = None) -> Image.Image:
     """Decode an image to RGB of 8 bits.
 
@@ -58,7 +62,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     of 255. CMYK, Lab, YCbCr, palettes: PIL's conversion. Alpha is dropped.
 
     Raises:
-        ValueError: values without a known range: integers of 32 bits, floating point beyond 0 to 255.
+        RangeError: integers of 32 bits, floating point beyond 0 to 255.
     """
     if image.mode != "F" and not image.mode.startswith("I"):
         return image.convert("RGB")
@@ -66,10 +70,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F":
         low, high = float(values.min()), float(values.max())
         if not 0 <= low <= high <= 255:  # also NaN
-            raise ValueError(f"floating-point values from {low:g} to {high:g}, want 0 to 1 or 0 to 255")
+            raise RangeError(f"floating-point values from {low:g} to {high:g}, want 0 to 1 or 0 to 255")
         top = 1 if high <= 1 else 255
     elif image.mode == "I" and image.format not in ("PPM", "PNG"):  # there, PIL has scaled to 16 bits
-        raise ValueError("integers of 32 bits, whose range no file tells; store 8 or 16 bits")
+        raise RangeError("integers of 32 bits, whose range no file tells; store 8 or 16 bits")
     else:
         top = 65535
     return Image.fromarray(np.rint(values / (top / 255)).clip(0, 255).astype(np.uint8)).convert("RGB")

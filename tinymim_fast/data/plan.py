@@ -131,10 +131,9 @@ class EvalPlan:
 
     def __post_init__(self):
         _check_rank(self.rank, self.world_size)
-        if self.index.damaged:
+        if bad := BadFiles(self.index).by_path:
             raise DataError(
-                f"got {self.index.root}, where {len(self.index.damaged)} images can't be decoded: "
-                f"{name_some(self.index.damaged)}; replace or remove them, an evaluation counts all images"
+                f"got {self.index.root}, where {len(bad)} images can't be decoded: {name_some(bad)}; replace or remove them, an evaluation counts all images"
             )
 
     @property

@@ -37,8 +37,9 @@ _EPILOG = """\
 Every header is read, and the last bytes of JPEG and PNG files; where the end-of-image marker is missing there, the file
 is decoded to see whether it is truncated. Damage inside a file, and truncation of other formats, is found in training.
 
-left out:     unreadable, empty, non-image, truncated, huge (--max-image-pixels), unsupported (such as GIF, or integers of 32
-              bits, whose range nothing tells), unlabelled (in shards where others have labels)
+left out:     unreadable, empty, non-image, truncated, huge (--max-image-pixels), unsupported (such as GIF), unlabelled (in shards
+              where others have labels)
+replaced:     no-range (integers of 32 bits, floating point beyond 0 to 255: no file tells what is white), as damaged ones are
 trained on:   cmyk, greyscale, sixteen-bit, misnamed (such as a PNG called .JPEG)
 
 Training takes DIR/index.npz by itself (--data-path DIR), and an index written elsewhere with --data-path FILE.npz. Scan
