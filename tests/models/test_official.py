@@ -37,7 +37,7 @@ def save(path, state, model="tinymim_vit_tiny_patch16", **more):
 
 
 def by_formula(state, images, heads):
-    """A pre-norm transformer written out, fp64, each block with its number of heads; gives the last block's norm1 and qkv."""
+    """A pre-norm transformer written out, fp64, each block with its heads; gives the last block's norm1 and qkv."""
     w = {name: tensor.double() for name, tensor in state.items()}
     x = F.conv2d(images.double(), w["patch_embed.proj.weight"], w["patch_embed.proj.bias"], stride=16)
     x = x.flatten(2).transpose(1, 2)

@@ -1,8 +1,8 @@
 """Checkpoint formats in and out.
 
 A checkpoint of this package is a folder with `model.safetensors`: fp32 weights in timm's names, and a JSON description
-in the file's metadata under "tinymim_fast" (`ModelInfo`). Training adds optimizer state beside it; an export adds timm's
-`config.json`. What other files hold: weights_file.py, official.py.
+in the file's metadata under "tinymim_fast" (`ModelInfo`). Training adds optimizer state beside it; an export adds
+timm's `config.json`. What other files hold: weights_file.py, official.py.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ def save_weights(folder: Path, state: Mapping[str, torch.Tensor], info: ModelInf
 def list_checkpoints(output_dir: Path) -> list[Path]:
     """The checkpoints of a run that hold weights, oldest first.
 
-    Those are folders named `step_` and eight digits with `model.safetensors`; a user's copies, unfinished ones and whatever else
-    lies there are none.
+    Those are folders named `step_` and eight digits with `model.safetensors`; a user's copies, unfinished ones and
+    whatever else lies there are none.
     """
     folders = (p for p in (output_dir / "checkpoints").glob("step_*") if STEP_NAME.fullmatch(p.name))
     return sorted(p for p in folders if (p / WEIGHTS).is_file())
@@ -69,7 +69,8 @@ def find_weights(source: Path) -> Path:
     """The file with the weights.
 
     Args:
-        source: a run's output folder (its newest checkpoint), a checkpoint or export folder, a timm model folder, or a file.
+        source: a run's output folder (its newest checkpoint), a checkpoint or export folder, a timm model folder, or a
+            file.
 
     Raises:
         InputError: there is none, argument "source".
@@ -113,16 +114,17 @@ def load_encoder(
     """A whole encoder with its weights, fp32 on the CPU, and what it is.
 
     Args:
-        source: a path (see `find_weights`: MAE and TinyMIM releases, what other trainers write, this package's checkpoints
-            and exports, timm's model folders), or `timm:NAME`, for timm's own weights.
+        source: a path (see `find_weights`: MAE and TinyMIM releases, what other trainers write, this package's
+            checkpoints and exports, timm's model folders), or `timm:NAME`, for timm's own weights.
         model: timm name; needed only where neither the file nor its widths tell.
         model_kwargs: for `create_vit`; they override the file's, but not its numbers of heads.
-        img_size: side of the square input, pixels; absolute position embeddings are resampled to it. Default: the file's.
+        img_size: side of the square input, pixels; absolute position embeddings are resampled to it. Default: the
+            file's.
         key: of several models in one file, the one below this key.
 
     Raises:
-        InputError: unreadable, weights of another architecture (names the first key that differs and both shapes), other
-            numbers of heads than the file's (names the block and both), or weights that are not finite.
+        InputError: unreadable, weights of another architecture (names the first key that differs and both shapes),
+            other numbers of heads than the file's (names the block and both), or weights that are not finite.
     """
     asked = check_kwargs(model_kwargs or {})
     local = source.removeprefix("timm:local-dir:")
@@ -308,7 +310,7 @@ def _runs(numbers: Sequence[int]) -> str:
 
 
 def _img_size(state: Mapping[str, torch.Tensor]) -> int | None:
-    """Side of the input, from a square of position embeddings behind a class token; None where there is no such square."""
+    """Side of the input, from a square of position embeddings behind a class token; None where there is none."""
     embed, proj = state.get("pos_embed"), state.get("patch_embed.proj.weight")
     if embed is None or embed.ndim != 3 or proj is None or proj.ndim != 4 or "cls_token" not in state:
         return None

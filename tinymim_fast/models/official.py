@@ -1,8 +1,8 @@
 """What published files of MAE and TinyMIM say of themselves: the model's name in the training program's arguments.
 
 TinyMIM's pre-training differs from timm's models in its numbers of heads, which no weight shows: the last block has the
-teacher's, and T and S have 6 before it. Fine-tuning goes back to timm's. (github.com/OliverRensu/TinyMIM, models_tinymim.py,
-models_vit.py; its issue 4.)
+teacher's, and T and S have 6 before it. Fine-tuning goes back to timm's. (github.com/OliverRensu/TinyMIM,
+models_tinymim.py, models_vit.py; its issue 4.)
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ def create_vit(name: str, *, img_size: int, pretrained: bool = False, **kwargs: 
         name: plain timm model name.
         img_size: side of the square input, pixels.
         pretrained: load timm's own weights, over the network where they are not cached.
-        **kwargs: for the model, any of `architecture.KWARGS`, e.g. `reg_tokens`, `class_token`, `patch_size`; `num_heads` may be
+        **kwargs: for the model, any of `architecture.KWARGS`, e.g. `reg_tokens`, `class_token`; `num_heads` may be
             a list, one number for each block.
 
     Raises:
@@ -56,8 +56,8 @@ def set_num_heads(model: VisionTransformer, num_heads: Sequence[int]) -> None:
         num_heads: one number for each block.
 
     Raises:
-        InputError: not one for each block, a number that does not divide the width, or a qk-norm, whose weights are as wide as
-            a head; argument "model_kwargs".
+        InputError: not one for each block, a number that does not divide the width, or a qk-norm, whose weights are as
+            wide as a head; argument "model_kwargs".
     """
     if len(num_heads) != len(model.blocks):
         raise InputError(
@@ -74,7 +74,7 @@ def set_num_heads(model: VisionTransformer, num_heads: Sequence[int]) -> None:
             )
         if not isinstance(attn.q_norm, nn.Identity):
             raise InputError(
-                "got other numbers of heads in other blocks with qk_norm, whose weights are as wide as a head; want one number",
+                "got other numbers of heads in other blocks with qk_norm, whose weights are as wide as one; want one",
                 argument="model_kwargs",
             )
         attn.num_heads, attn.head_dim = heads, attn.attn_dim // heads
@@ -103,8 +103,8 @@ def check_supported(model: nn.Module, name: str) -> None:
         if type(block) is not Block or attn is not Attention:
             raise _unsupported(
                 name,
-                f"block {i} is a {type(block).__name__} with {attn.__name__}, want timm's Block with Attention (pre-norm, "
-                "one qkv projection)",
+                f"block {i} is a {type(block).__name__} with {attn.__name__}, want timm's Block with Attention "
+                "(pre-norm, one qkv projection)",
             )
 
 
@@ -180,7 +180,7 @@ def sincos_2d(grid: tuple[int, int], dim: int, num_prefix_tokens: int) -> torch.
 
 
 def head_layout(model: VisionTransformer) -> dict[str, Any]:
-    """Width, and the number of heads of each block: what no weight shows, and a later loader must not change silently."""
+    """Width, and the number of heads of each block: what no weight shows, and a loader must not change silently."""
     return {"embed_dim": model.embed_dim, "num_heads": [block.attn.num_heads for block in model.blocks]}
 
 
@@ -199,8 +199,8 @@ def check_heads(model: VisionTransformer, num_heads: Sequence[int], source: obje
     for number, (ours, theirs) in enumerate(zip(built, num_heads), 1):
         if ours != theirs:
             raise InputError(
-                f"block {number} has {ours} heads in the model and {theirs} in {source}; weights mean something else under another "
-                f"number: leave num_heads out, or give {list(num_heads)}",
+                f"block {number} has {ours} heads in the model and {theirs} in {source}; weights mean something else "
+                f"under another number: leave num_heads out, or give {list(num_heads)}",
                 argument="model_kwargs",
             )
 
@@ -211,8 +211,9 @@ def tinymim_fast_vit(
 ) -> VisionTransformer:
     """timm's model `base` with a number of heads for each block, which no plain timm model can have.
 
-    What `tinymim_fast.export` names in such a model's config.json: `timm.create_model("local-dir:DIR", pretrained=True)` gives
-    it after `import tinymim_fast.models`, and without that import fails, rather than give other attention.
+    What `tinymim_fast.export` names in such a model's config.json: `timm.create_model("local-dir:DIR",
+    pretrained=True)` gives it after `import tinymim_fast.models`, and without that import fails, rather than give
+    other attention.
     """
     model = timm.model_entrypoint(check_name(base))(pretrained=pretrained, num_heads=num_heads[0], **kwargs)
     set_num_heads(model, num_heads)
