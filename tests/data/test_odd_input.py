@@ -67,6 +67,11 @@ def write_ranges(folder):
     rgb.save(folder / "plain.ppm")
 
 
+@pytest.mark.fault(
+    "images of floating point, 7 to 16 bits, CMYK, Lab, YCbCr, palettes",
+    "both loaders give the picture that the file says",
+    tries=28,
+)
 def test_the_value_range_is_the_files(tmp_path, loader_name):
     write_ranges(tmp_path / "ranges" / "c")
     index = scan_images(tmp_path / "ranges", workers=1)
@@ -78,6 +83,11 @@ def test_the_value_range_is_the_files(tmp_path, loader_name):
     assert all(abs(mean - 127.2) < 0.8 for mean in means.values()), means
 
 
+@pytest.mark.fault(
+    "images whose range of values no file tells",
+    "told by the scan, replaced in training, refused in evaluation",
+    tries=2,
+)
 def test_values_without_a_range_are_replaced(tmp_path, loader_name):
     (tmp_path / "c").mkdir()
     Image.fromarray((GREY * 300).astype(np.int32)).save(tmp_path / "c" / "int.tif")
@@ -100,6 +110,11 @@ def test_values_without_a_range_are_replaced(tmp_path, loader_name):
         eval_loader(index, loader_name)
 
 
+@pytest.mark.fault(
+    "an image becomes another type, size, a pipe or a folder after the scan",
+    "found before a decoder sees it, replaced and named; no start dies by a signal",
+    tries=42,
+)
 def test_what_changed_since_the_scan_is_found_before_decoding(noise, loader_name):
     """Six starts with each kind of changed file among others: DALI's decoders ended four of six by SIGSEGV with some of these."""
     code = """
@@ -140,6 +155,7 @@ def test_what_changed_since_the_scan_is_found_before_decoding(noise, loader_name
     assert reasons["pipe"] == reasons["folder"] == "no regular file"
 
 
+@pytest.mark.fault("a pipe or a device is called x.jpg", "left out by the scan and named, not waited for", tries=2)
 def test_a_pipe_is_not_waited_for(noise):
     os.mkfifo(noise / "c" / "x.jpg")
     (noise / "c" / "y.jpg").symlink_to("/dev/zero")
@@ -150,6 +166,7 @@ def test_a_pipe_is_not_waited_for(noise):
     assert "c/x.jpg: no regular file" in output and "c/y.jpg: no regular file" in output
 
 
+@pytest.mark.fault("a shard shrinks while it is read", "one line that names it; no SIGBUS", tries=2)
 @pytest.mark.parametrize("loader_name", ["dali", "torchvision"])
 def test_a_shard_that_shrinks_while_it_is_read_is_named(noise, tmp_path, loader_name):
     """A memory map would end the process by SIGBUS."""
@@ -187,6 +204,9 @@ def test_more_pixels_than_allowed_are_damaged(tmp_path):
 HOSTILE = "x\x1b[2J\r\n\x9bevil\u202e.jpg"
 
 
+@pytest.mark.fault(
+    "file names with line breaks and terminal escapes", "shown escaped in logs, lists and errors", tries=1
+)
 def test_names_are_shown_escaped(noise, caplog, capfd):
     (noise / "c" / HOSTILE).write_bytes(b"no picture")
     assert scan([str(noise), "--workers=1"]) == 0
@@ -215,6 +235,9 @@ def pack_names(*names):
     return np.frombuffer(b"".join(name + b"\0" for name in names), dtype=np.uint8)
 
 
+@pytest.mark.fault(
+    "an index with few labels, paths that leave its folder, or pickles", "refused, with what is wrong", tries=8
+)
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -241,6 +264,7 @@ def test_an_index_that_no_scan_writes_is_refused(noise, tmp_path, change, messag
         find_images(tmp_path / "index.npz")
 
 
+@pytest.mark.fault("an index or a shard that claims gigabytes", "refused or left out, not unpacked", tries=1)
 def test_an_index_that_unpacks_to_more_is_not_unpacked(tmp_path):
     path = tmp_path / "index.npz"
     np.savez_compressed(path, format=np.zeros(1 << 26, dtype=np.uint8))
@@ -263,6 +287,9 @@ def test_an_index_of_the_format_before_loads(noise, tmp_path):
     assert len(index) == 48 and index.read_image(0).size == (80, 60)
 
 
+@pytest.mark.fault(
+    "pictures of 1 x 5000 and 600 x 80,000 pixels", "trained on, evaluated and packed without gigabytes", tries=6
+)
 def test_very_long_pictures_cost_little(tmp_path, loader_name):
     """Of 1 x 5000 pixels, all of the resized picture would be a gigabyte."""
     folder = tmp_path / "src" / "c"
@@ -285,6 +312,7 @@ def test_very_long_pictures_cost_little(tmp_path, loader_name):
     assert packed.sizes.tolist() == [[1, 5000], [5000, 1], [600, 80_000]]
 
 
+@pytest.mark.fault("a data worker is killed", "another one makes its batches, bitwise", tries=1)
 def test_a_killed_worker_is_replaced(noise, caplog):
     pytest.importorskip("torchvision")
     with train_loader(scan_images(noise, workers=1), "torchvision") as loader:
@@ -297,6 +325,7 @@ def test_a_killed_worker_is_replaced(noise, caplog):
     assert "a data worker was killed" in caplog.text
 
 
+@pytest.mark.fault("data workers are killed each time", "one line that names --workers", tries=1)
 def test_workers_that_are_killed_each_time_end_the_run_in_one_line(noise, monkeypatch):
     torchvision_loader = pytest.importorskip("tinymim_fast.data.torchvision_loader")
     monkeypatch.setattr(torchvision_loader, "_MAX_DEATHS", 2)

@@ -36,6 +36,11 @@ def write_shard(path, *members):
     return path
 
 
+@pytest.mark.fault(
+    "shards with text labels, broken sidecars, ._ files, masks, links",
+    "pictures with their labels; what is none is left out and counted",
+    tries=12,
+)
 @pytest.mark.parametrize(
     ("members", "paths", "labels", "class_names", "left_out"),
     [
@@ -67,6 +72,9 @@ def test_what_is_a_picture_of_the_set(tmp_path, caplog, members, paths, labels, 
         assert f"{count} x {kind}" in caplog.text
 
 
+@pytest.mark.fault(
+    "shards with ids for labels, a name twice, no pictures", "refused, with the member that is wrong", tries=5
+)
 @pytest.mark.parametrize(
     ("members", "message"),
     [
@@ -100,6 +108,7 @@ def test_names_that_come_in_two_shards_are_told_apart(tmp_path):
     assert [len(index.encoded(i)) for i in range(4)] == [len(JPEG), len(JPEG), len(picture("L")), len(picture("L"))]
 
 
+@pytest.mark.fault("an index or a shard that claims gigabytes", "refused or left out, not unpacked", tries=1)
 def test_a_sparse_member_is_not_unpacked(tmp_path):
     """An 18 KB archive may claim 10 GiB."""
     path = tmp_path / "data" / "0.tar"
