@@ -67,8 +67,8 @@ class BadFiles:
         bad = self.by_path
         files = name_some(f"{path} ({reason})" for path, reason in bad.items())
         return DataError(
-            f"got {self.max_share:g}, and {len(bad)} of {self.index.num_listed} images in {self.index.root} can't be decoded "
-            f"({len(bad) / self.index.num_listed:.2g} of all): {files}. Repair them, or allow more",
+            f"got {self.max_share:g}, and {len(bad)} of {self.index.num_listed} images in {self.index.root} can't be "
+            f"decoded ({len(bad) / self.index.num_listed:.2g} of all): {files}. Repair them, or allow more",
             argument="max_bad_files",
         )
 
@@ -99,6 +99,6 @@ class BadFiles:
             if other not in self.reasons:
                 return other
         raise DataError(
-            f"got {self.index.file(draws[-1])}, which can't be decoded ({self.reasons[draws[-1]]}), like {len(self.reasons)} "
-            f"more images of {self.index.root}; are they still there?"
+            f"got {self.index.file(draws[-1])}, which can't be decoded ({self.reasons[draws[-1]]}), like "
+            f"{len(self.reasons)} more images of {self.index.root}; are they still there?"
         )

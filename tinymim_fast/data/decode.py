@@ -1,4 +1,4 @@
-"""Decoding to RGB of 8 bits with PIL: what every loader's pictures are held against, and what DALI can't take goes through."""
+"""Decoding to RGB of 8 bits with PIL: for the torchvision loader, and for what DALI can't take."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def decode_rgb(file: str | BinaryIO, name: str, size: tuple[int, int] | None = N
             if size is not None and (image.height, image.width) != size:
                 found = f"{image.height} x {image.width} pixels"
                 raise ImageError(
-                    f"got {name} of {found}, want the indexed {size[0]} x {size[1]}; it changed since it was scanned: scan "
-                    "again",
+                    f"got {name} of {found}, want the indexed {size[0]} x {size[1]}; it changed since it was scanned: "
+                    "scan again",
                     f"{found}, not the indexed {size[0]} x {size[1]}",
                 )
             return to_rgb(image)
@@ -58,8 +58,8 @@ def decode_rgb(file: str | BinaryIO, name: str, size: tuple[int, int] | None = N
 def to_rgb(image: Image.Image) -> Image.Image:
     """An opened image as RGB of 8 bits, its values scaled by the range that the file gives them.
 
-    8 bits: as they are. 16 bits: of 65,535. Netpbm: of the file's own maximum. Floating point: of 1 where none is larger, else
-    of 255. CMYK, Lab, YCbCr, palettes: PIL's conversion. Alpha is dropped.
+    8 bits: as they are. 16 bits: of 65,535. Netpbm: of the file's own maximum. Floating point: of 1 where none is
+    larger, else of 255. CMYK, Lab, YCbCr, palettes: PIL's conversion. Alpha is dropped.
 
     Raises:
         RangeError: integers of 32 bits, floating point beyond 0 to 255.

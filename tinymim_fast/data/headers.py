@@ -71,9 +71,9 @@ def inspect_path(path: str, max_pixels: int = MAX_IMAGE_PIXELS) -> Header:
 def inspect(file: BinaryIO, name: str, max_pixels: int = MAX_IMAGE_PIXELS) -> Header:
     """Read the header and the last bytes of an image file.
 
-    A JPEG or PNG that does not end with its end-of-image marker, each TIFF, and each image of floating point is decoded:
-    TRUNCATED where PIL says so, NO_RANGE where its values have none that is known. Truncation of other formats, and damage
-    between the first and the last bytes, are not seen here.
+    A JPEG or PNG that does not end with its end-of-image marker, each TIFF, and each image of floating point is
+    decoded: TRUNCATED where PIL says so, NO_RANGE where its values have none that is known. Truncation of other
+    formats, and damage between the first and the last bytes, are not seen here.
 
     Args:
         file: opened, seekable.

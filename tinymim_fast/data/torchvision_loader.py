@@ -107,7 +107,8 @@ def batches(
         options: `device`, and `prefetch` of each worker.
 
     Raises:
-        DataError: a file can't be decoded in evaluation, or hardly any in training; names it. Or workers are killed each time.
+        DataError: a file can't be decoded in evaluation, or hardly any in training; names it. Or workers are killed
+            each time.
     """
     done, deaths = 0, 0
     while done < len(numbers):
@@ -122,7 +123,8 @@ def batches(
             deaths += 1
             if deaths == _MAX_DEATHS:
                 raise DataError(
-                    f"got {workers}, of which some were killed {deaths} times in a row, for want of memory most likely; "
+                    f"got {workers}, of which some were killed {deaths} times in a row, for want of memory most "
+                    f"likely; "
                     "try fewer, or a smaller batch",
                     argument="workers",
                 ) from None
