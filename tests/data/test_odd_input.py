@@ -159,9 +159,10 @@ def test_what_changed_since_the_scan_is_found_before_decoding(noise, loader_name
 def test_a_pipe_is_not_waited_for(noise):
     os.mkfifo(noise / "c" / "x.jpg")
     (noise / "c" / "y.jpg").symlink_to("/dev/zero")
-    code, output = run_python(
-        "import sys; from tinymim_fast.data.scan import main; main(sys.argv[1:])", noise, "--workers=1"
-    )
+    command = [sys.executable, "-m", "tinymim_fast.data.scan", str(noise), "--workers=1"]
+    done = subprocess.run(command, text=True, capture_output=True, timeout=60, cwd=ROOT)
+    code, output = done.returncode, done.stdout
+    assert done.stderr == ""
     assert code == 0 and "50 images in 1 classes, 2 left out" in output, output
     assert "c/x.jpg: no regular file" in output and "c/y.jpg: no regular file" in output
 

@@ -15,7 +15,7 @@ from tinymim_fast.config import RunConfig, to_yaml
 from tinymim_fast.data import ImageIndex, build_loader
 from tinymim_fast.data.bad_files import BadFiles
 from tinymim_fast.distributed import World, seed_rank
-from tinymim_fast.engine import Engine, deepspeed_config
+from tinymim_fast.engine import Engine, deepspeed_config, refusals
 from tinymim_fast.errors import InputError, NonFiniteLossError, Terminated, flags
 from tinymim_fast.files import remove_unfinished, write_text
 from tinymim_fast.models.checkpoints import latest_checkpoint
@@ -78,15 +78,16 @@ def train(config: RunConfig, world: World, build_task: Callable[[Any, World, Pat
         )
     with loader:
         steps_per_epoch = loader.steps_per_epoch
-        engine = Engine(
-            task.model,
-            ds_config,
-            world,
-            lr_at=lr_schedule(config, steps_per_epoch),
-            weight_decay=config.weight_decay,
-            opt_betas=config.opt_betas,
-            seed=config.seed,
-        )
+        with refusals(config.deepspeed_config):
+            engine = Engine(
+                task.model,
+                ds_config,
+                world,
+                lr_at=lr_schedule(config, steps_per_epoch),
+                weight_decay=config.weight_decay,
+                opt_betas=config.opt_betas,
+                seed=config.seed,
+            )
         step, total_steps = 0, steps_per_epoch * config.epochs
         seed_rank(config.seed, step, world.rank)
         if checkpoint is not None:
