@@ -28,6 +28,7 @@ from tinymim_fast.data.plan import EvalPlan, TrainPlan
 log = logging.getLogger(__name__)
 
 _WORKER_DEATH = re.compile(r"DataLoader worker \(pid.*(killed by signal|exited unexpectedly)")
+_LOST_TENSORS = (ConnectionError, EOFError, FileNotFoundError)  # what it had sent can't be fetched from it any more
 _MAX_DEATHS = 3  # in a row, before a batch comes out
 _JITTER = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation)  # indexed by BRIGHTNESS, CONTRAST, SATURATION
 _BICUBIC = F.InterpolationMode.BICUBIC
@@ -110,7 +111,8 @@ def batches(
         options: `device`, and `prefetch` of each worker.
 
     Raises:
-        DataError: a file can't be decoded in evaluation, or hardly any in training; names it. Or workers are killed each time.
+        DataError: a file can't be decoded in evaluation, or hardly any in training; names it. Or workers are killed
+            each time.
     """
     done, deaths = 0, 0
     while done < len(numbers):
@@ -119,13 +121,14 @@ def batches(
                 for views in running:
                     yield views
                     done, deaths = done + 1, 0
-        except RuntimeError as error:
-            if not _WORKER_DEATH.search(str(error)):
+        except (RuntimeError, *_LOST_TENSORS) as error:
+            if isinstance(error, RuntimeError) and not _WORKER_DEATH.search(str(error)):
                 raise
             deaths += 1
             if deaths == _MAX_DEATHS:
                 raise DataError(
-                    f"got {workers}, of which some were killed {deaths} times in a row, for want of memory most likely; "
+                    f"got {workers}, of which some were killed {deaths} times in a row, for want of memory most "
+                    f"likely; "
                     "try fewer, or a smaller batch",
                     argument="workers",
                 ) from None
