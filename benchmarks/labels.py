@@ -24,6 +24,9 @@ LABELS = {
     "compile_padded": Label("`torch.compile`, shape padding", "#7F7F7F", "v"),
     "chunked": Label("**`chunked`**", "#0072B2"),
     "triton": Label("**`triton`**", "#009E73"),
+    "official_loop": Label("official loop", "#222222", "s"),
+    "plain": Label("plain PyTorch loop, our teacher and loss", "#D55E00", "D"),
+    "ours": Label("**`train.py`**", "#0072B2"),
     "dali_mixed": Label("**DALI**, decoding on the GPU", "#009E73"),
     "dali_cpu": Label("**DALI**", "#0072B2"),
     "fallback": Label("`--loader torchvision`", "#7F7F7F"),
@@ -31,7 +34,7 @@ LABELS = {
     "torchvision_v2": Label("torchvision, `v2` on tensors", "#D55E00"),
 }
 # The first that has a number is what ratios are of.
-OURS = ("triton", "chunked", "dali_mixed", "dali_cpu", "fallback")
+OURS = ("triton", "chunked", "ours", "dali_mixed", "dali_cpu", "fallback")
 
 
 def label(provider: str) -> Label:

@@ -88,7 +88,7 @@ def headline(rows: list[Row]) -> str:
     if ours is None:
         raise ValueError(f"no time of {' or '.join(OURS)} in the first rows")
     peers = [f"{row['provider']} {_ratio(row, ours)}" for row in providers.values() if row is not ours]
-    point = ours.get("pair") or f"ViT-{ours['preset']} {ours['mode']}"
+    point = f"{ours['pair']} {ours['precision']}" if "pair" in ours else f"ViT-{ours['preset']} {ours['mode']}"
     rate = f", {_number(ours['images_per_s'])} images/s" if "images_per_s" in ours else ""
     return ", ".join([f"{point}: {ours['provider']} {_number(ours['step_ms'])} ms{rate}", *peers])
 
@@ -105,55 +105,78 @@ def _ratio(row: Row, ours: Row) -> str:
 
 
 def performance(results: Path) -> str:
-    """A section for each device, GPUs first, and the picture of the first that has one."""
+    """A section for each device and benchmark, GPUs first, and the picture of the first device that has one."""
     rows = read_rows(results)
     losses = newest(rows, "relation_loss", sweep="presets", mode="forward_backward")
-    steps, loading = newest(rows, "train_step"), newest(rows, "data_loading", sweep="views")
-    devices = sorted(losses, key=lambda device: (losses[device][0]["device_type"] != "cuda", device))
-    sections = []
-    for device in dict.fromkeys([*devices, *loading]):
-        if device in losses:
-            sections.append(device_section(losses[device], steps.get(device, [])))
-        if device in loading:
-            sections.append(loading_section(loading[device]))
-    for device in devices:
+    # Rows without a precision are of a look-alike of the step that the loop no longer runs.
+    steps = newest((row for row in rows if "precision" in row), "train_step", sweep="pairs")
+    loading = newest(rows, "data_loading", sweep="views")
+    sections = {device: [(loss_section, of_device)] for device, of_device in losses.items()}
+    for section, by_device in ((step_section, steps), (loading_section, loading)):
+        for device, of_device in by_device.items():
+            sections.setdefault(device, []).append((section, of_device))
+    devices = sorted(sections, key=lambda device: (sections[device][0][1][0]["device_type"] != "cuda", device))
+    parts = [section(of_device) for device in devices for section, of_device in sections[device]]
+    for device in (device for device in devices if device in losses):
         for picture in sorted(Path(losses[device][0]["file"]).parent.glob("*tokens_time.png")):
             name = f"Time against the number of tokens, {device}"
-            return "\n\n".join([*sections, f"![{name}](benchmarks/results/{picture.relative_to(results).as_posix()})"])
-    return "\n\n".join(sections) or "Not measured yet."
+            parts.append(f"![{name}](benchmarks/results/{picture.relative_to(results).as_posix()})")
+            return "\n\n".join(parts)
+    return "\n\n".join(parts) or "Not measured yet."
 
 
-def device_section(losses: list[Row], steps: list[Row]) -> str:
+def loss_section(rows: list[Row]) -> str:
     """A table with a line for each provider, and the sentence that says what was measured."""
-    presets = list(dict.fromkeys(row["preset"] for row in losses))
-    columns = [(f"ViT-{name}", by_provider(losses, preset=name), "ms") for name in presets]
-    first = losses[0]
+    presets = list(dict.fromkeys(row["preset"] for row in rows))
+    columns = [(f"ViT-{name}", by_provider(rows, preset=name), "ms") for name in presets]
+    first = rows[0]
     columns.append((f"extra MiB, ViT-{presets[0]}", columns[0][1], "MiB"))
-    for pair in dict.fromkeys(row["pair"] for row in steps):
-        of_pair = [row for row in steps if row["pair"] == pair]
-        columns.append((f"step {pair}", by_provider(of_pair, models=of_pair[0]["models"]), "images/s"))
-    table = [["", *(name for name, _, _ in columns)]]
-    found = {provider for _, rows, _ in columns for provider in rows}
-    for provider in in_order(found):
-        table.append([label(provider).name, *(_cell(provider, rows, unit) for _, rows, unit in columns)])
-    threads = f", {first['num_threads']} threads" if first["device_type"] == "cpu" else ""
     relations = first["relations"].upper().replace("+", " + ")
-    batches = " and ".join(dict.fromkeys(row["batch_size"] for row in losses))
+    batches = " and ".join(dict.fromkeys(row["batch_size"] for row in rows))
     how = (
-        f"**{first['device']}{threads}**: milliseconds for {relations} and the student's gradient, from packed "
-        f"projections, {first['dtype']}, batch {batches}, N = {first['num_tokens']}, and how many times our time that "
-        "is. Medians of interleaved repeats; each provider is first held against fp64. "
-        f"{first['date']}, commit {first['commit']}, torch {first['torch']}: `python benchmarks/relation_loss.py`."
+        f"**{_machine(first)}**: milliseconds for {relations} and the student's gradient, from packed projections, "
+        f"{first['dtype']}, batch {batches}, N = {first['num_tokens']}, and how many times our time that is. Medians "
+        f"of interleaved repeats; each provider is first held against fp64. {_made(first, 'relation_loss')}."
     )
-    if steps:
-        step = steps[0]
-        models = {"compile": "compiled models", "eager": "eager models"}[step["models"]]
-        how += (
-            f" Step: images/s of whole distillation steps on random images, {step['dtype']}, batch "
-            f"{step['batch_size']}, {models}; {step['date']}, commit {step['commit']}: "
-            "`python benchmarks/train_step.py`."
-        )
-    return _paragraph_and_table(how, table)
+    return _paragraph_and_table(how, _table(columns))
+
+
+def step_section(rows: list[Row]) -> str:
+    """Images/s of whole steps, and what our step is made of."""
+    first = rows[0]
+    points = list(dict.fromkeys((row["pair"], row["precision"]) for row in rows))
+    columns = [
+        (f"{pair}, {precision}", by_provider(rows, pair=pair, precision=precision), "images/s")
+        for pair, precision in points
+    ]
+    of_ours = our_row(columns[0][1].values())
+    parts = ""
+    if of_ours:
+        times = {name: float(of_ours[f"{name}_ms"]) for name in ("teacher", "forward", "backward", "optimizer")}
+        shares = ", ".join(f"{name} {ms / sum(times.values()):.0%}" for name, ms in times.items())
+        parts = f" Our step, {columns[0][0]}: {shares}; the loss alone {float(of_ours['loss_ms']):.3g} ms."
+    how = (
+        f"**Steps on {_machine(first)}**: images/s of whole distillation steps on random images, batch "
+        f"{first['batch_size']}, models of the recipes, ZeRO {first['zero_stage']}, and how many times our time the "
+        f"others take. Medians of interleaved repeats; loss and gradient are first held against fp64.{parts} "
+        f"{_made(first, 'train_step')}."
+    )
+    return _paragraph_and_table(how, _table(columns))
+
+
+def _machine(row: Row) -> str:
+    return row["device"] + (f", {row['num_threads']} threads" if row["device_type"] == "cpu" else "")
+
+
+def _made(row: Row, program: str) -> str:
+    return f"{row['date']}, commit {row['commit']}, torch {row['torch']}: `python benchmarks/{program}.py`"
+
+
+def _table(columns: list[tuple[str, dict[str, Row], str]]) -> list[list[str]]:
+    """A line for each provider; columns as title, rows by provider and unit."""
+    names = in_order(provider for _, rows, _ in columns for provider in rows)
+    cells = [[label(name).name, *(_cell(name, rows, unit) for _, rows, unit in columns)] for name in names]
+    return [["", *(title for title, _, _ in columns)], *cells]
 
 
 def loading_section(rows: list[Row]) -> str:

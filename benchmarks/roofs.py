@@ -22,6 +22,8 @@ from functools import cache
 
 import torch
 
+import harness
+
 # An estimate: the arithmetic counts 10.75 with the gradient (NOTES.md), reductions, addresses and stores the rest.
 FORWARD_INSTRUCTIONS, BACKWARD_INSTRUCTIONS = 11, 3
 TILE = 16
@@ -145,28 +147,20 @@ def copy_gb_per_s(device: torch.device, num_bytes: int = 2**30) -> float:
     """Read plus written bytes of the best of several copies of a buffer that no cache holds."""
     source = torch.empty(num_bytes, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    return 2 * num_bytes / best_seconds(lambda: target.copy_(source)) / 1e9
+    return 2 * num_bytes / best_seconds(lambda: target.copy_(source), device) / 1e9
 
 
 @cache
-def matmul_tflop_per_s(device: torch.device, dtype: torch.dtype, size: int = 8192) -> float:
+def matmul_tflop_per_s(device: torch.device, dtype: torch.dtype) -> float:
     """The best of several square matrix products; fp32 in the precision that torch is set to."""
+    size = 8192 if device.type == "cuda" else 1024
     x, y = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    return 2 * size**3 / best_seconds(lambda: x @ y) / 1e12
+    return 2 * size**3 / best_seconds(lambda: x @ y, device) / 1e12
 
 
-def best_seconds(step: Callable[[], object], num_repeats: int = 20) -> float:
-    """Shortest time of a step on the current CUDA device."""
-    step()
-    seconds = []
-    for _ in range(num_repeats):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        step()
-        end.record()
-        end.synchronize()
-        seconds.append(start.elapsed_time(end) / 1e3)
-    return min(seconds)
+def best_seconds(step: Callable[[], object], device: torch.device, num_repeats: int = 20) -> float:
+    """Shortest time of a step."""
+    return min(harness.timed("", step, 1, device) for _ in range(num_repeats + 1)) / 1e3
 
 
 def describe(rates: Rates, dtype: torch.dtype) -> str:

@@ -119,11 +119,12 @@ class Pair:
         }
 
 
-# The recipes tinymim_base, tinymim_small and tinymim_tiny.
+# The recipes tinymim_base, tinymim_small and tinymim_tiny; and the last from the teacher of the one before.
 PAIRS = {
     "L-B": Pair(Vit("vit_large_patch16_224", 1024, 18), Vit("vit_base_patch16_224", 768, 12), 16),
     "B-S": Pair(Vit("vit_base_patch16_224", 768, 12), Vit("vit_small_patch16_224", 384, 12), 12),
     "S-T": Pair(Vit("vit_small_patch16_224", 384, 12), Vit("vit_tiny_patch16_224", 192, 12), 12),
+    "B-T": Pair(Vit("vit_base_patch16_224", 768, 12), Vit("vit_tiny_patch16_224", 192, 12), 12),
 }
 
 

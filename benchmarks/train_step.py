@@ -1,12 +1,13 @@
-"""One distillation step with random images: how much of it is the loss, and how far it is from the hardware's limits.
+"""Whole distillation steps on random images: the training loop's own step against the paper's loop, and its parts.
 
-python benchmarks/train_step.py                                  # the paper's pairs on a GPU, the smallest on a CPU
-python benchmarks/train_step.py --pairs B-S --models compile --batch-size 512 --output train_step.csv
+python benchmarks/train_step.py                                  # the recipes on a GPU, the small pairs on a CPU
+python benchmarks/train_step.py --pairs B-S --precisions bf16 --batch-sizes 512 --output train_step.csv
+python benchmarks/train_step.py --sweep zero                     # ZeRO stages; --sweep batch: batch sizes
 
-A step is the teacher up to its target block, the student under autocast over fp32 weights, the loss, the backward pass
-and AdamW; no drop path, no data loading, no DeepSpeed. Losses are those of providers.py; models run eager, or with
-each block compiled on its own. A provider whose loss or gradient of the patch embedding is further from the whole step
-in fp64 than the tests allow gets no number. Providers run in alternation, on three batches in rotation.
+Providers (step_loops.py) take turns, on three batches in rotation: "official_loop", as the paper's; "plain", a
+PyTorch loop with this package's teacher and loss; "ours", what `train.py` runs. One whose loss or gradient of the patch
+embedding is further from the step in fp64 than plain PyTorch's in the same dtype, by the rule of the tests, gets no
+number.
 """
 
 from __future__ import annotations
@@ -16,295 +17,254 @@ import os
 # Before torch starts OpenMP, as in train.py: a short spin was fastest on two quiet cores (benchmarks/NOTES.md).
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler that counts memory complains of a missing GPU
 
 import argparse
-import copy
 import itertools
+import statistics
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import harness
 import roofs
 import sweep
-from labels import OURS
-from providers import PROVIDERS, Provider
-from step_roofs import PAIRS, RELATIONS, Pair
-from tinymim_fast.models.taps import Place, Taps
-from tinymim_fast.models.vit import create_vit, freeze, init_mae_style
+from providers import formula, projections
+from step_loops import PRECISIONS, PROVIDERS, Loop, Views, config_of, synchronize
+from step_roofs import PAIRS, RELATIONS
+from tinymim_fast import engine as engines
+from tinymim_fast.distributed import World
+from tinymim_fast.tasks.distill import DistillConfig, build_task, build_teacher
 
-MODELS = "compile", "eager"
+SWEEPS = ("pairs", "zero", "batch")
+PARTS = ("teacher_ms", "forward_ms", "backward_ms", "optimizer_ms")
+# Columns of a row behind its status. The parts are steps on their own, with the device waited for between them; loss_ms
+# is the loss and its gradient alone, part of forward_ms and backward_ms. tflop_per_s counts what the step cannot avoid
+# (step_roofs.py), matmul_share is that of this device's measured products, floor_share is floor_ms / step_ms.
+COLUMNS = (
+    *(*sweep.TIMES, "images_per_s", "peak_extra_mib", *PARTS, "loss_ms"),
+    *("tflop_per_s", "matmul_share", "floor_share", "floor_ms", "loss_error", "grad_error"),
+)
+SHOWN = [
+    ("images/s", "images_per_s", "{:.2f}".format),
+    ("ms", "step_ms", "{:.4g}".format),
+    ("20 %", "step_ms_p20", "{:.4g}".format),
+    ("80 %", "step_ms_p80", "{:.4g}".format),
+    ("teacher", "teacher_ms", "{:.4g}".format),
+    ("forward", "forward_ms", "{:.4g}".format),
+    ("backward", "backward_ms", "{:.4g}".format),
+    ("optimizer", "optimizer_ms", "{:.4g}".format),
+    ("loss", "loss_ms", "{:.4g}".format),
+    ("extra MiB", "peak_extra_mib", "{:.0f}".format),
+    ("of matmul", "matmul_share", "{:.0%}".format),
+    ("of floor", "floor_share", "{:.0%}".format),
+]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
-    """One line of the result file, before the environment; numbers only where `status` is "ok".
-
-    loss_ms is the loss and its gradient alone, loss_share its part of the step. tflop_per_s counts what the step cannot
-    avoid, matmul_share is that of this GPU's measured products (model-FLOP utilisation), floor_share floor_ms /
-    step_ms. Errors are relative to the largest entry of the fp64 result: of the loss, and of the patch embedding's
-    gradient.
-    """
+class Point(sweep.Point):
+    """What is measured; ZeRO is ours alone."""
 
     benchmark: str = "train_step"
+    sweep: str = "pairs"
     pair: str
-    models: str
-    dtype: str
+    precision: str = "bf16"
+    zero_stage: int = 1
     batch_size: int
-    img_size: int
-    provider: str
-    status: str = harness.OK
-    detail: str = ""
-    step_ms: float | None = None
-    step_ms_p20: float | None = None
-    step_ms_p80: float | None = None
-    num_repeats: int | None = None
-    steps_per_repeat: int | None = None
-    images_per_s: float | None = None
-    loss_ms: float | None = None
-    loss_share: float | None = None
-    peak_extra_mib: float | None = None
-    tflop_per_s: float | None = None
-    matmul_share: float | None = None
-    floor_share: float | None = None
-    floor_ms: float | None = None
-    loss_error: float | None = None
-    grad_error: float | None = None
+    img_size: int = 224
+
+    def __str__(self) -> str:
+        return f"{self.pair} {self.precision}, ZeRO {self.zero_stage}, batch {self.batch_size}"
 
 
-@dataclass
-class Trainer:
-    """Teacher, student and optimizer of one pair; `step` is what is timed."""
+def by_formula(config: DistillConfig, world: World, views: Views, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Loss and gradient of the patch embedding, in one dtype throughout, by the formula."""
+    torch.manual_seed(config.seed)
+    student = build_task(config, world, None).model.student.to(world.device, dtype).eval()
+    teacher, _, heads = build_teacher(config)
+    with torch.no_grad():
+        (qkv_t,) = teacher.to(world.device, dtype).eval()(views[0].to(dtype)).values()
+    (qkv_s,) = student(views[1].to(dtype)).values()
+    loss = formula(projections(qkv_s, heads), projections(qkv_t, heads), RELATIONS)
+    return loss.detach(), torch.autograd.grad(loss, student.model.patch_embed.proj.weight)[0]
 
-    teacher: nn.Module
-    student: nn.Module
-    optimizer: torch.optim.Optimizer
-    relation_heads: int
-    dtype: torch.dtype
 
-    def qkv(self, images: Tensor) -> tuple[Tensor, Tensor]:
+def gate(
+    loop: Loop, views: Views, exact: Sequence[Tensor], allowed: Sequence[float], dtype: torch.dtype
+) -> dict[str, Any]:
+    """Columns: the errors without drop path, and whether the rule of the tests lets them pass.
+
+    Args:
+        views: the images of `exact` again and again, whose loss and gradient the batch then has: fp64 would not fit.
+        exact: from `by_formula` in fp64.
+        allowed: the errors of `by_formula` in `dtype`.
+    """
+    loop.student.eval()
+    with torch.no_grad():
+        inputs = loop.prepare(views)
+    loss = loop.forward(*inputs)
+    loop.backward(loss)
+    found = loss.detach(), loop.gradient()
+    loop.update()
+    loop.student.train()
+    errors = [harness.relative_error(a, b) for a, b in zip(found, exact)]
+    columns = {name: float(f"{error:.2e}") for name, error in zip(("loss_error", "grad_error"), errors)}
+    if all(harness.passes_gate(error, plain_error, dtype) for error, plain_error in zip(errors, allowed)):
+        return {**columns, "status": harness.OK}
+    detail = "plain PyTorch's errors: " + ", ".join(f"{error:.1e}" for error in allowed)
+    return {**columns, "status": harness.FAILED_GATE, "detail": detail}
+
+
+def parts_ms(loop: Loop, batches: Iterator[Views], device: torch.device, num_repeats: int = 3) -> dict[str, float]:
+    """Medians of the columns PARTS, the device waited for between them."""
+
+    def now() -> float:
+        synchronize(device)
+        return 1e3 * time.perf_counter()
+
+    taken = []
+    for _ in range(num_repeats):
+        marks = [now()]
         with torch.no_grad():
-            (qkv_t,) = self.teacher(images.to(self.dtype)).values()
-        half = self.dtype in (torch.float16, torch.bfloat16)
-        with torch.autocast(images.device.type, dtype=self.dtype if half else None, enabled=half):
-            (qkv_s,) = self.student(images).values()
-        return qkv_s, qkv_t
-
-    def step(self, provider: Provider, batches: Iterable[Tensor]) -> None:
-        qkv_s, qkv_t = self.qkv(next(batches))
-        provider(qkv_s, qkv_t, self.relation_heads, RELATIONS).backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-
-    def loss_and_grad(self, provider: Provider, images: Tensor) -> tuple[Tensor, Tensor]:
-        loss = provider(*self.qkv(images), self.relation_heads, RELATIONS)
-        return loss.detach(), torch.autograd.grad(loss, self.student.model.patch_embed.proj.weight)[0]
-
-
-def build(pair: Pair, *, models: str, img_size: int, dtype: torch.dtype, device: torch.device) -> Trainer:
-    torch.manual_seed(0)
-    teacher, student = (
-        Taps(init(create_vit(vit.name, img_size=img_size)), [Place("qkv", vit.block)])
-        for vit in (pair.teacher, pair.student)
-    )
-    freeze(teacher, dtype, device)
-    student.to(device)
-    parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(
-        parameters, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.05, fused=device.type == "cuda"
-    )
-    if models == "compile":
-        for block in itertools.chain(teacher.model.blocks[:-1], student.model.blocks[:-1]):
-            block.compile(dynamic=False)  # all blocks of a model share one compilation
-    return Trainer(teacher, student, optimizer, pair.relation_heads, dtype)
-
-
-def init(model: nn.Module) -> nn.Module:
-    init_mae_style(model, pos_embed="sincos")
-    return model
-
-
-def exact_loss_and_grad(trainer: Trainer, images: Tensor) -> tuple[Tensor, Tensor]:
-    """The whole step in fp64, with the weights and images as the dtype has them."""
-    double = [copy.deepcopy(model).double() for model in (trainer.teacher, trainer.student)]
-    exact = Trainer(*double, trainer.optimizer, trainer.relation_heads, torch.float64)
-    return exact.loss_and_grad(PROVIDERS["eager"], images.double())
+            inputs = loop.prepare(next(batches))
+        marks.append(now())
+        loss = loop.forward(*inputs)
+        marks.append(now())
+        loop.backward(loss)
+        marks.append(now())
+        loop.update()
+        marks.append(now())
+        taken.append([end - begin for begin, end in itertools.pairwise(marks)])
+    return {name: round(statistics.median(times), 3) for name, times in zip(PARTS, zip(*taken))}
 
 
 def measure(
-    pair_name: str,
-    models: str,
+    point: Point,
     providers: Sequence[str],
-    device: torch.device,
+    world: World,
+    folder: Path,
     *,
-    dtype: torch.dtype,
-    batch_size: int,
-    img_size: int = 224,
     seconds: float = 10.0,
     num_repeats: int | None = None,
-) -> list[Row]:
-    """One row for each provider; what runs out of memory or fails the gate says so."""
-    torch._dynamo.reset()
-    pair = PAIRS[pair_name]
-    common = {
-        "pair": pair_name,
-        "models": models,
-        "dtype": str(dtype).removeprefix("torch."),
-        "batch_size": batch_size,
-        "img_size": img_size,
-    }
-    columns: dict[str, dict] = {name: {} for name in providers}
-    trainer = build(pair, models=models, img_size=img_size, dtype=dtype, device=device)
-    batches = itertools.cycle(
-        [torch.randn(batch_size, 3, img_size, img_size, device=device).to(dtype) for _ in range(3)]
-    )
-    check(trainer, next(batches), columns)
+) -> dict[str, dict[str, Any]]:
+    """The columns of each provider."""
+    device, dtype, pair = world.device, PRECISIONS[point.precision], PAIRS[point.pair]
+    options = {name: getattr(point, name) for name in ("batch_size", "precision", "zero_stage", "img_size")}
+    config = config_of(point.pair, folder, **options)
+    generator = torch.Generator(device).manual_seed(2)
+    as_loaded = torch.float16 if config.bf16 and device.type == "cuda" else torch.float32
 
-    steps: dict[str, Callable[[], object]] = {}
-    for name, found in columns.items():
-        if "status" in found:
-            continue
-        step = lambda name=name: trainer.step(PROVIDERS[name], batches)  # noqa: E731
-        try:
-            step()
-            found["peak_extra_mib"] = harness.peak_extra_mib(step, device)
-            steps[name] = step
-        except Exception as error:
-            found.update(harness.failure(error))
-        trainer.optimizer.zero_grad(set_to_none=True)
+    def views(batch_size: int) -> Views:
+        shape = batch_size, 3, point.img_size, point.img_size
+        return tuple(torch.randn(shape, device=device, generator=generator).to(as_loaded) for _ in range(2))
+
+    few = views(2 - point.batch_size % 2)
+    exact, in_dtype = (by_formula(config, world, few, of) for of in (torch.float64, dtype))
+    allowed = [harness.relative_error(a, b) for a, b in zip(in_dtype, exact)]
+    repeated = tuple(view.repeat(point.batch_size // len(few[0]), 1, 1, 1) for view in few)
+
+    loops: dict[str, Loop] = {}
+    batches = itertools.cycle([views(point.batch_size) for _ in range(3)])
+
+    def checked(name: str) -> dict[str, Any]:
+        loops[name] = PROVIDERS[name](config, world)
+        return gate(loops[name], repeated, exact, allowed, dtype)
+
     timing = {"device": device, "num_repeats": num_repeats}
-    qkv_s, qkv_t = (qkv.detach() for qkv in trainer.qkv(next(batches)))
-    losses = {name: lambda name=name: loss_alone(PROVIDERS[name], qkv_s, qkv_t, pair.relation_heads) for name in steps}
-    times = harness.time_interleaved(steps, seconds=seconds, **timing)
-    loss_times = harness.time_interleaved(losses, seconds=seconds / 4, **timing)
-
-    flop = pair.flop(batch_size, trainer.student.num_tokens)
-    rates = roofs.measured_rates(device, dtype) if device.type == "cuda" else None
-    for name, found in columns.items():
-        if name not in steps:
-            continue
-        found.update(times[name])
+    steps = {name: lambda name=name: loops[name].step(batches) for name in providers}
+    measured = harness.measure(steps, checked, seconds=seconds, **timing)
+    passed = {name: loops[name] for name, columns in measured.items() if columns["status"] == harness.OK}
+    shape = point.batch_size, next(iter(loops.values())).student.num_tokens
+    qkv_s, qkv_t = (torch.randn(*shape, 3 * vit.width, device=device).to(dtype) for vit in (pair.student, pair.teacher))
+    qkv_s.requires_grad_()
+    losses = {
+        name: lambda loop=loop: torch.autograd.grad(loop.loss(qkv_s, qkv_t), qkv_s) for name, loop in passed.items()
+    }
+    of_loss = harness.time_interleaved(losses, seconds=seconds / 4, **timing)
+    flop, flop_per_s = pair.flop(*shape), 1e12 * roofs.matmul_tflop_per_s(device, dtype)
+    for name, loop in passed.items():
+        found = measured[name]
         step_ms = found["step_ms"]
-        found["images_per_s"] = round(1e3 * batch_size / step_ms, 2)
-        found["loss_ms"] = loss_times[name]["step_ms"]
-        found["loss_share"] = round(found["loss_ms"] / step_ms, 4)
+        found |= parts_ms(loop, batches, device)
+        found["loss_ms"] = of_loss[name]["step_ms"]
+        found["images_per_s"] = round(1e3 * point.batch_size / step_ms, 2)
         found["tflop_per_s"] = round(flop / step_ms / 1e9, 3)
-        if rates is not None:
-            floor_ms = sum(pair.floors_ms(batch_size, rates, trainer.student.num_tokens).values())
-            found["matmul_share"] = round(1e12 * found["tflop_per_s"] / rates.flop_per_s, 4)
+        found["matmul_share"] = round(1e12 * found["tflop_per_s"] / flop_per_s, 4)
+        if device.type == "cuda":
+            floor_ms = sum(pair.floors_ms(point.batch_size, roofs.measured_rates(device, dtype), shape[1]).values())
             found["floor_ms"], found["floor_share"] = round(floor_ms, 4), round(floor_ms / step_ms, 4)
-    return [Row(provider=name, **common, **found) for name, found in columns.items()]
+    return measured
 
 
-def check(trainer: Trainer, images: Tensor, columns: dict[str, dict]) -> None:
-    """The rule of the tests: errors of at most twice those of eager models with the eager loss, plus a floor.
-
-    The whole batch is filled with one or two images, whose loss and gradient it then has: fp64 would not fit for a
-    batch, and compiled models would be compiled for another one.
-    """
-    batch_size = len(images)
-    few = images[: 2 - batch_size % 2]
-    images = few.repeat(batch_size // len(few), 1, 1, 1)
-    exact = exact_loss_and_grad(trainer, few)
-
-    def errors(of: Trainer, name: str, images: Tensor) -> list[float]:
-        pairs = zip(of.loss_and_grad(PROVIDERS[name], images), exact)
-        return [float(f"{harness.relative_error(actual, wanted):.2e}") for actual, wanted in pairs]
-
-    allowed = errors(copy.deepcopy(trainer), "eager", few)  # a copy is not compiled
-    for name, found in columns.items():
-        try:
-            found["loss_error"], found["grad_error"] = errors(trainer, name, images)
-        except Exception as error:
-            found.update(harness.failure(error))
-            continue
-        pairs = (found["loss_error"], allowed[0]), (found["grad_error"], allowed[1])
-        if not all(harness.passes_gate(error, plain_error, trainer.dtype) for error, plain_error in pairs):
-            detail = f"eager: loss error {allowed[0]}, gradient error {allowed[1]}"
-            found.update(status=harness.FAILED_GATE, detail=detail)
+def show(rows: Sequence[sweep.Row]) -> None:
+    """One point."""
+    print(f"\n{Point(**{name: rows[0][name] for name in Point.__dataclass_fields__})}")
+    sweep.print_columns(rows, SHOWN)
 
 
-def loss_alone(provider: Provider, qkv_s: Tensor, qkv_t: Tensor, relation_heads: int) -> Tensor:
-    qkv_s = qkv_s.detach().requires_grad_()
-    return torch.autograd.grad(provider(qkv_s, qkv_t, relation_heads, RELATIONS), qkv_s)[0]
+def plan(args: argparse.Namespace) -> list[Point]:
+    """The most important first: pairs and precisions; then one thing changed at a time, of the first pair."""
+    base = Point(pair=args.pairs[0], precision=args.precisions[0], batch_size=args.batch_sizes[0])
+    points = {
+        "pairs": [replace(base, pair=pair, precision=p) for p in args.precisions for pair in args.pairs],
+        "zero": [replace(base, sweep="zero", zero_stage=stage) for stage in (0, 1, 2)],
+        "batch": [replace(base, sweep="batch", batch_size=size) for size in args.batch_sizes],
+    }
+    return [point for name in SWEEPS if name in args.sweep for point in points[name]]
 
 
-def print_row(row: dict) -> None:
-    if row["status"] != harness.OK:
-        numbers = f"{row['status']}: {row['detail']}"
-    else:
-        spread = f"({row['step_ms_p20']:.4g} to {row['step_ms_p80']:.4g})"
-        numbers = f"{row['step_ms']:>9.4g} {spread:<19}{row['images_per_s']:>9.0f}{100 * row['loss_share']:>7.0f} %"
-        numbers += f"{row['peak_extra_mib']:>11.0f}"
-        if row["matmul_share"] is not None:
-            numbers += f"{100 * row['matmul_share']:>9.0f} %{100 * row['floor_share']:>7.0f} %"
-    print(f"{row['pair']:<6}{row['models']:<9}{row['provider']:<10}{numbers}", flush=True)
-
-
-def parse_args() -> argparse.Namespace:
+def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Flags, with args.points as planned from them."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    sweep.add_flags(parser, PROVIDERS)
     add = parser.add_argument
-    add("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--pairs", nargs="+", choices=list(PAIRS), help="all on a GPU, S-T on a CPU")
-    add("--models", nargs="+", choices=MODELS, help="both on a GPU, eager on a CPU")
-    providers = "official, compile, chunked and, on a GPU, triton if not given"
-    add("--providers", nargs="+", choices=list(PROVIDERS), help=providers)
-    add("--dtype", choices=["bfloat16", "float16", "float32"], help="bfloat16 on a GPU, float32 on a CPU")
-    add("--batch-size", type=int, help="256 on a GPU, 4 on a CPU")
-    add("--num-repeats", type=int, help="as many as fit --seconds-per-point if not given")
-    add("--seconds-per-point", type=float, default=6.0)
-    add("--time-budget", type=float, default=float("inf"), help="seconds; starts no point that will not fit")
-    add("--output", type=Path)
-    args = parser.parse_args()
-    cuda = args.device == "cuda"
-    if cuda and not torch.cuda.is_available():
-        parser.error("--device cuda: no CUDA device; want --device cpu")
-    args.pairs = args.pairs or (list(PAIRS) if cuda else ["S-T"])
-    args.models = args.models or (MODELS if cuda else ["eager"])
-    args.providers = args.providers or ["official", "compile", "chunked", *(["triton"] if cuda else [])]
-    args.dtype = args.dtype or ("bfloat16" if cuda else "float32")
-    args.batch_size = args.batch_size or (256 if cuda else 4)
+    add("--sweep", nargs="+", choices=SWEEPS, default=["pairs"], help="default: pairs")
+    add("--pairs", nargs="+", choices=list(PAIRS), help="default: the recipes on a GPU, S-T and B-T on a CPU")
+    add("--precisions", nargs="+", choices=list(PRECISIONS), help="default: bf16, and on a CPU fp32 too")
+    add("--batch-sizes", nargs="+", type=sweep.positive, help="the first for all sweeps (default: 256; 16 on a CPU)")
+    add("--img-size", type=sweep.positive, default=224)
+    add("--seconds-per-point", type=float, help="how long to repeat (default: 6 on a GPU, 30 on a CPU)")
+    args = parser.parse_args(arguments)
+    sweep.read_device(parser, args)
+    cuda = args.device.type == "cuda"
+    args.pairs = args.pairs or (["L-B", "B-S", "S-T"] if cuda else ["S-T", "B-T"])
+    args.precisions = args.precisions or (["bf16"] if cuda else ["bf16", "fp32"])
+    args.batch_sizes = args.batch_sizes or ([256, 64, 128, 512] if cuda else [16, 4])
+    args.seconds_per_point = args.seconds_per_point or (6.0 if cuda else 30.0)
+    args.points = [replace(point, img_size=args.img_size) for point in plan(args)]
     return args
 
 
-def main() -> None:
-    args = parse_args()
-    device = torch.device(args.device)
-    file = sweep.Results(args.output, device)
-    start, longest_s = time.monotonic(), 0.0
-    print(
-        f"{'pair':<6}{'models':<9}{'loss':<10}{'ms':>9} {'(20 to 80 %)':<19}{'images/s':>9}{'loss':>9}{'extra MiB':>11}",
-        end="",
-    )
-    print(f"{'matmul':>11}{'floor':>9}" if device.type == "cuda" else "")
-    for pair, models in itertools.product(args.pairs, args.models):
-        began = time.monotonic()
-        if began - start + longest_s > args.time_budget:
-            print(f"{pair:<6}{models:<9}left out: {args.time_budget:.0f} s are not enough")
-            continue
-        rows = measure(
-            pair,
-            models,
-            args.providers,
-            device,
-            dtype=getattr(torch, args.dtype),
-            batch_size=args.batch_size,
-            seconds=args.seconds_per_point,
-            num_repeats=args.num_repeats,
-        )
-        file.add(map(asdict, rows))
-        for row in rows:
-            print_row(asdict(row))
-        longest_s = max(longest_s, time.monotonic() - began)
-    bad = (harness.FAILED_GATE, harness.NOT_AVAILABLE)
-    sys.exit(any(row["provider"] in OURS and row["status"] in bad for row in file.rows))
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, print, and write the rows; the exit code."""
+    args = parse_args(arguments)
+    results = sweep.Results(args.output, args.device)
+    print(", ".join(f"{name} {value}" for name, value in results.environment.items() if value != ""))
+    # One process on the device that was asked for, whatever the launcher's accelerator is.
+    world = replace(engines.start(), device=args.device)
+
+    def measured(point: Point) -> dict[str, dict[str, Any]]:
+        names = args.providers or (list(PROVIDERS) if point.sweep != "zero" else ["ours"])
+        timing = {"seconds": args.seconds_per_point, "num_repeats": args.num_repeats}
+        return measure(point, names, world, Path(scratch), **timing)
+
+    interrupted = False
+    with tempfile.TemporaryDirectory(prefix="train_step_") as scratch:
+        try:
+            sweep.run(args.points, measured, results, columns=COLUMNS, show=show, budget_s=args.time_budget)
+        except KeyboardInterrupt:
+            interrupted = True
+    engines.stop()
+    return sweep.finish(results, interrupted)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -60,8 +60,8 @@ def evaluate_knn(
         group: ranks, of a backend that sends CPU tensors, that share the images among them; each image counts once.
 
     Raises:
-        InputError: no checkpoint, no such folders, labels that say nothing, or an image that can't be decoded; the same error on
-            every rank.
+        InputError: no checkpoint, no such folders, labels that say nothing, or an image that can't be decoded; the
+            same error on every rank.
     """
     vit, info = _on_all(group, lambda: load_encoder(checkpoint, model=model, model_kwargs=model_kwargs, key=key))
     splits = _on_all(group, lambda: find_splits(data_path, workers=workers))

@@ -34,16 +34,16 @@ def export(
 ) -> bool:
     """Write `out/model.safetensors` (fp32, timm's names) and `out/config.json` (timm's, with "tinymim_fast" added).
 
-    Both carry the head layout and the recipe, so nothing about the model has to be remembered; the config has the mean, standard
-    deviation, size and crop of the images that the model expects. `out` appears whole or not at all.
+    Both carry the head layout and the recipe, so nothing about the model has to be remembered; the config has the
+    mean, standard deviation, size and crop of the images that the model expects. `out` appears whole or not at all.
 
     Args:
         checkpoint: see `load_encoder`, as `model`, `model_kwargs` and `key`.
         out: folder to make; must not exist, or be empty.
 
     Returns:
-        Whether plain timm loads it. No model of timm's has another number of heads in another block; an export that has names
-        `tinymim_fast_vit`, which timm knows after `import tinymim_fast.models`, and fails without it.
+        Whether plain timm loads it. No model of timm's has another number of heads in another block; an export that
+        has names `tinymim_fast_vit`, which timm knows after `import tinymim_fast.models`, and fails without it.
 
     Raises:
         InputError: no checkpoint (argument "source"), or `out` holds something or can't be written (argument "out").
@@ -74,7 +74,7 @@ def export(
 
 
 def _correct(path: Path, architecture: str, heads: Sequence[int]) -> None:
-    """Make timm's config name the model that has these heads, and not the training and licence of timm's own weights."""
+    """Make timm's config name the model that has these heads, and not the licence of timm's own weights."""
     config = json.loads(path.read_text())
     for key in ("tag", "license", "origin_url", "paper_ids", "paper_name", "notes"):
         config["pretrained_cfg"].pop(key, None)
@@ -100,8 +100,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"{args.out}: timm.create_model('local-dir:{args.out}', pretrained=True)")
     if not plain:
         print(
-            "Its blocks have different numbers of heads, which plain timm can't have: `import tinymim_fast.models` first. With "
-            "one number of heads everywhere these weights give other features."
+            "Its blocks have different numbers of heads, which plain timm can't have: `import tinymim_fast.models` "
+            "first. With one number of heads everywhere these weights give other features."
         )
     return 0
 

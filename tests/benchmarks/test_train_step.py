@@ -1,73 +1,119 @@
 """The training-step benchmark, on images of 32 pixels: 5 tokens."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import yaml
 from torch.utils.flop_counter import FlopCounterMode
 
+pytest.importorskip("deepspeed")
+
 import harness
 import roofs
+import step_loops
 import step_roofs
+import sweep
 import train_step
 from tinymim_fast.config import RECIPES
 
 PAIR = step_roofs.PAIRS["S-T"]
-CPU = torch.device("cpu")
+POINT = train_step.Point(pair="S-T", batch_size=4, img_size=32)
 
 
-def measure(models="eager", providers=("official", "chunked"), dtype=torch.float32):
-    return train_step.measure(
-        "S-T", models, providers, CPU, dtype=dtype, batch_size=4, img_size=32, num_repeats=2, seconds=0
-    )
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("teachers")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_rows(dtype):
-    official, chunked = measure(dtype=dtype)
-    assert (official.provider, chunked.provider) == ("official", "chunked")
-    for row in (official, chunked):
-        assert row.status == harness.OK and row.dtype == str(dtype).removeprefix("torch.")
-        assert row.step_ms > row.loss_ms > 0 and 0 < row.loss_share < 1 and row.peak_extra_mib > 0
-        assert row.images_per_s == pytest.approx(4e3 / row.step_ms, rel=0.01)
-        assert 0 < row.grad_error < (1e-5 if dtype == torch.float32 else 0.1)
-        assert row.floor_ms is row.matmul_share is None  # roofs are a GPU's
+def measure(world, folder, point=POINT, providers=tuple(step_loops.PROVIDERS)):
+    measured = train_step.measure(point, providers, world, folder, num_repeats=2, seconds=0)
+    return {row["provider"]: row for row in sweep.rows_of(point, measured, train_step.COLUMNS)}
 
 
-def test_who_fails_gets_no_number(monkeypatch):
-    eager = train_step.PROVIDERS["eager"]
+@pytest.mark.parametrize(("precision", "zero_stage"), [("bf16", 1), ("fp32", 1), ("bf16", 0), ("bf16", 2)])
+def test_rows(world, folder, precision, zero_stage):
+    rows = measure(world, folder, replace(POINT, precision=precision, zero_stage=zero_stage))
+    assert list(rows) == ["official_loop", "plain", "ours"]
+    for row in rows.values():
+        assert row["status"] == harness.OK, row
+        parts = sum(row[name] for name in train_step.PARTS)
+        assert row["step_ms"] > row["loss_ms"] > 0 and parts > 0 and row["peak_extra_mib"] > 0
+        assert row["images_per_s"] == pytest.approx(4e3 / row["step_ms"], rel=0.01)
+        assert 0 < row["grad_error"] < (1e-5 if precision == "fp32" else 0.1)
+        assert 0 < row["matmul_share"] < 1
+        assert row["floor_ms"] is None  # roofs of memory are a GPU's
+
+
+def test_who_fails_gets_no_number(world, folder, monkeypatch):
+    plain = step_loops.plain
 
     def hungry(*args):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    failing = {
-        "wrong loss": lambda *args: 1.01 * eager(*args),
-        "wrong gradient": lambda qkv_s, *args: eager(qkv_s, *args).detach() - 0 * qkv_s.sum(),
-        "error": lambda *args: 1 / 0,
-        "hungry": hungry,
-    }
-    monkeypatch.setattr(train_step, "PROVIDERS", {"eager": eager, **failing})
-    eager_row, *rows = measure(providers=["eager", *failing])
-    assert eager_row.status == harness.OK and eager_row.step_ms > 0
-    wanted = [harness.FAILED_GATE, harness.FAILED_GATE, harness.NOT_AVAILABLE, harness.OUT_OF_MEMORY]
-    assert [row.status for row in rows] == wanted
-    assert all(row.detail and row.step_ms is None and row.images_per_s is None for row in rows)
+    def wrong_loss(config, world):
+        loop = plain(config, world)
+        return replace(loop, forward=lambda *inputs: 1.01 * loop.forward(*inputs))
+
+    def wrong_gradient(config, world):
+        loop = plain(config, world)
+        return replace(loop, gradient=lambda: 1.01 * loop.gradient())
+
+    failing = {"wrong loss": wrong_loss, "wrong gradient": wrong_gradient, "error": lambda *_: 1 / 0, "hungry": hungry}
+    monkeypatch.setattr(train_step, "PROVIDERS", {"plain": plain, **failing})
+    rows = measure(world, folder, replace(POINT, precision="fp32"), ["plain", *failing])
+    wanted = ["ok", harness.FAILED_GATE, harness.FAILED_GATE, harness.NOT_AVAILABLE, harness.OUT_OF_MEMORY]
+    assert [row["status"] for row in rows.values()] == wanted
+    assert all(row["detail"] and row["step_ms"] is None for name, row in rows.items() if name != "plain")
 
 
-def test_flop_are_pytorchs(monkeypatch):
-    monkeypatch.setattr("timm.layers.config._USE_FUSED_ATTN", 0)  # products that the counter sees
-    trainer = train_step.build(PAIR, models="eager", img_size=32, dtype=torch.float32, device=CPU)
-    images = torch.randn(2, 3, 32, 32)
+def test_ours_is_the_loops_own_step(world, folder):
+    """The weights after two steps are those of the engine that `training/loop.py` builds, driven by its TrainStep."""
+    from tinymim_fast import engine as engines
+    from tinymim_fast.tasks.distill import build_task
+    from tinymim_fast.training.step import TrainStep
+
+    config = step_loops.config_of("S-T", folder, batch_size=4, precision="bf16", zero_stage=1, img_size=32)
+    loop = step_loops.ours(config, world)
+    torch.manual_seed(config.seed)
+    task, batches = build_task(config, world, None), config.batch_plan(1)
+    engine = engines.Engine(
+        task.model,
+        engines.deepspeed_config(batches, zero_stage=config.zero_stage, bf16=config.bf16),
+        world,
+        lr_at=lambda step: step_loops.LR,
+        weight_decay=config.weight_decay,
+        opt_betas=config.opt_betas,
+        seed=config.seed,
+    )
+    step = TrainStep(engine, task.prepare, parts=task.parts, accumulation_steps=1)
+    views = [tuple(torch.randn(2, 4, 3, 32, 32, generator=torch.Generator().manual_seed(3)).unbind())] * 2
+    results = []
+    for run in (loop.step, step):
+        torch.manual_seed(4)  # drop path
+        batch = iter(views)
+        results.append([run(batch) for _ in views][-1])
+    assert torch.equal(*results)
+
+
+def test_flop_are_pytorchs(world, folder):
+    """Of the plain loop with unfused attention: products that the counter sees."""
+    config = step_loops.config_of("S-T", folder, batch_size=2, precision="fp32", zero_stage=1, img_size=32)
+    loop = step_loops.plain(config, world)
+    student = loop.student
+    for module in student.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = False
     counted = {}
     with FlopCounterMode(display=False) as counter:
-        qkv_s, _ = trainer.qkv(images)
+        (qkv_s,) = student(torch.randn(2, 3, 32, 32)).values()
         counted["forward"] = counter.get_total_flops()
         qkv_s.sum().backward()
         counted["backward"] = counter.get_total_flops() - counted["forward"]
-    n = 5
-    teacher, student = (vit.flop(n, backward=False) for vit in (PAIR.teacher, PAIR.student))
-    assert counted == {"forward": 2 * (teacher + student), "backward": 2 * PAIR.student.flop(n, backward=True)}
-    parameters = sum(p.numel() for p in trainer.student.parameters() if p.requires_grad and p.ndim > 1)
-    assert PAIR.student.num_parameters() == parameters - trainer.student.model.embed_dim  # the class token
+    n, vit = 5, PAIR.student
+    assert counted == {"forward": 2 * vit.flop(n, backward=False), "backward": 2 * vit.flop(n, backward=True)}
+    parameters = sum(p.numel() for p in student.parameters() if p.requires_grad and p.ndim > 1)
+    assert vit.num_parameters() == parameters - vit.width  # the class token
 
 
 def test_floors():
@@ -78,10 +124,18 @@ def test_floors():
         assert whole == pytest.approx(2 * sum(pair.floors_ms(128, rates).values()), rel=0.05)  # all but AdamW
 
 
-@pytest.mark.parametrize(("name", "recipe"), [("L-B", "base"), ("B-S", "small"), ("S-T", "tiny")])
-def test_pairs_are_the_recipes(name, recipe):
-    config = yaml.safe_load((RECIPES / f"tinymim_{recipe}.yaml").read_text())
+@pytest.mark.parametrize("name", ["L-B", "B-S", "S-T"])
+def test_pairs_are_the_recipes(name):
+    config = yaml.safe_load((RECIPES / f"{step_loops.RECIPES[name]}.yaml").read_text())
     pair = step_roofs.PAIRS[name]
     assert (pair.teacher.name, pair.teacher.block) == (config["teacher_model"], config["target_block"])
     assert (pair.student.name, pair.relation_heads) == (config["student_model"], config["relation_heads"])
     assert list(step_roofs.RELATIONS) == config["relations"]
+
+
+def test_the_plan_begins_with_what_matters_most():
+    points = train_step.parse_args(["--device", "cpu", "--sweep", "pairs", "zero", "batch"]).points
+    first = [(point.pair, point.precision) for point in points[:4]]
+    assert first == [("S-T", "bf16"), ("B-T", "bf16"), ("S-T", "fp32"), ("B-T", "fp32")]
+    assert [point.zero_stage for point in points if point.sweep == "zero"] == [0, 1, 2]
+    assert {point.batch_size for point in points if point.sweep == "batch"} == {16, 4}

@@ -1,18 +1,25 @@
-"""Files as they come: types, value ranges, pipes, files that change under a run. No start may die by a signal or hang."""
+"""Files as they come: types, value ranges, pipes, files that change under a run. None may kill or hang a start."""
 
+import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import textwrap
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from support.loaders import train_loader
+from support.loaders import copies, eval_loader, train_loader
 from support.programs import ROOT
 from tinymim_fast.data import DataError, find_images, scan_images
+from tinymim_fast.data.bad_files import BadFiles
+from tinymim_fast.data.pack import main as pack_main
 from tinymim_fast.data.pack import pack
+from tinymim_fast.data.scan import main as scan
+from tinymim_fast.data.scan import names_by_verdict
 
 GREY = np.tile(np.linspace(0, 255, 64), (64, 1))  # mean 127.5 of 255
 PLAIN = {"mean": (0, 0, 0), "std": (1, 1, 1)}
@@ -60,6 +67,11 @@ def write_ranges(folder):
     rgb.save(folder / "plain.ppm")
 
 
+@pytest.mark.fault(
+    "images of floating point, 7 to 16 bits, CMYK, Lab, YCbCr, palettes",
+    "both loaders give the picture that the file says",
+    tries=28,
+)
 def test_the_value_range_is_the_files(tmp_path, loader_name):
     write_ranges(tmp_path / "ranges" / "c")
     index = scan_images(tmp_path / "ranges", workers=1)
@@ -71,20 +83,40 @@ def test_the_value_range_is_the_files(tmp_path, loader_name):
     assert all(abs(mean - 127.2) < 0.8 for mean in means.values()), means
 
 
-def test_values_without_a_range_are_refused(tmp_path):
+@pytest.mark.fault(
+    "images whose range of values no file tells",
+    "told by the scan, replaced in training, refused in evaluation",
+    tries=2,
+)
+def test_values_without_a_range_are_replaced(tmp_path, loader_name):
     (tmp_path / "c").mkdir()
     Image.fromarray((GREY * 300).astype(np.int32)).save(tmp_path / "c" / "int.tif")
     Image.fromarray((GREY - 100).astype(np.float32)).save(tmp_path / "c" / "negative.tif")
     Image.fromarray(np.where(GREY > 100, np.nan, GREY).astype(np.float32)).save(tmp_path / "c" / "nan.tif")
     Image.fromarray(GREY.astype(np.uint8)).save(tmp_path / "c" / "plain.png")
-    damaged = scan_images(tmp_path).damaged
-    assert damaged.keys() == {"c/int.tif", "c/negative.tif", "c/nan.tif"}
-    assert damaged["c/int.tif"].startswith("unsupported: integers of 32 bits")
-    assert damaged["c/negative.tif"] == "unsupported: floating-point values from -100 to 155, want 0 to 1 or 0 to 255"
+    index = scan_images(tmp_path)
+    wanted = {"c/int.tif", "c/nan.tif", "c/negative.tif"}
+    assert set(names_by_verdict(index)["no-range"]) == wanted and index.damaged == {}
+    assert BadFiles(index).by_path.keys() == wanted and BadFiles(index, 0.5).too_many
+    for name in wanted:
+        with pytest.raises(
+            DataError, match=r"floating-point values from|integers of 32 bits, whose range no file tells"
+        ):
+            index.read_image(index.paths.index(name))
+    with train_loader(index, loader_name, batch_size=4, workers=1, **WHOLE) as loader:
+        ((views,),) = loader.batches(0, 1)
+        assert (255 * views.mean(dim=(1, 2, 3)) - 127).abs().max() < 1, "the fourth, four times"
+    with pytest.raises(DataError, match=r"3 images can't be decoded: c/int\.tif"):
+        eval_loader(index, loader_name)
 
 
+@pytest.mark.fault(
+    "an image becomes another type, size, a pipe or a folder after the scan",
+    "found before a decoder sees it, replaced and named; no start dies by a signal",
+    tries=42,
+)
 def test_what_changed_since_the_scan_is_found_before_decoding(noise, loader_name):
-    """Six starts with each kind of changed file among others: DALI's decoders ended four of six by SIGSEGV with some of these."""
+    """Six starts with each kind of changed file: DALI's decoders ended four of six by SIGSEGV with some of these."""
     code = """
         import os, sys
         import numpy as np
@@ -94,7 +126,7 @@ def test_what_changed_since_the_scan_is_found_before_decoding(noise, loader_name
         index = scan_images(sys.argv[1], workers=1)
         file = index.file(24)
         changes = {
-            "integers": lambda: Image.fromarray(np.arange(4800, dtype=np.int32).reshape(60, 80)).save(file, format="TIFF"),
+            "integers": lambda: Image.fromarray(np.ones((60, 80), dtype=np.int32)).save(file, format="TIFF"),
             "larger": lambda: Image.new("RGB", (160, 120)).save(file),
             "smaller": lambda: Image.new("RGB", (8, 6)).save(file),
             "gif": lambda: Image.new("RGB", (80, 60)).save(file, format="GIF"),
@@ -123,16 +155,19 @@ def test_what_changed_since_the_scan_is_found_before_decoding(noise, loader_name
     assert reasons["pipe"] == reasons["folder"] == "no regular file"
 
 
+@pytest.mark.fault("a pipe or a device is called x.jpg", "left out by the scan and named, not waited for", tries=2)
 def test_a_pipe_is_not_waited_for(noise):
     os.mkfifo(noise / "c" / "x.jpg")
     (noise / "c" / "y.jpg").symlink_to("/dev/zero")
-    code, output = run_python(
-        "import sys; from tinymim_fast.data.scan import main; main(sys.argv[1:])", noise, "--workers=1"
-    )
+    command = [sys.executable, "-m", "tinymim_fast.data.scan", str(noise), "--workers=1"]
+    done = subprocess.run(command, text=True, capture_output=True, timeout=60, cwd=ROOT)
+    code, output = done.returncode, done.stdout
+    assert done.stderr == ""
     assert code == 0 and "50 images in 1 classes, 2 left out" in output, output
     assert "c/x.jpg: no regular file" in output and "c/y.jpg: no regular file" in output
 
 
+@pytest.mark.fault("a shard shrinks while it is read", "one line that names it; no SIGBUS", tries=2)
 @pytest.mark.parametrize("loader_name", ["dali", "torchvision"])
 def test_a_shard_that_shrinks_while_it_is_read_is_named(noise, tmp_path, loader_name):
     """A memory map would end the process by SIGBUS."""
@@ -165,3 +200,143 @@ def test_more_pixels_than_allowed_are_damaged(tmp_path):
     assert index.damaged == {"c/large.png": "huge: 300 x 200, more than 50,000 pixels"}
     with pytest.raises(DataError, match="max_image_pixels: got 0, want 1 to 178,956,970"):
         find_images(tmp_path, workers=1, max_image_pixels=0)
+
+
+HOSTILE = "x\x1b[2J\r\n\x9bevil\u202e.jpg"
+
+
+@pytest.mark.fault(
+    "file names with line breaks and terminal escapes", "shown escaped in logs, lists and errors", tries=1
+)
+def test_names_are_shown_escaped(noise, caplog, capfd):
+    (noise / "c" / HOSTILE).write_bytes(b"no picture")
+    assert scan([str(noise), "--workers=1"]) == 0
+    index = find_images(noise)
+    assert list(index.damaged) == [f"c/{HOSTILE}"]
+    bad_files = BadFiles(index)
+    said = [str(bad_files.error()), caplog.text, capfd.readouterr().out]
+    with pytest.raises(DataError) as caught:
+        find_images(noise / "c\x1b[31m\n")
+    said.append(str(caught.value))
+    for text in said:
+        assert "\x1b" not in text and "\x9b" not in text and "\u202e" not in text and "\r" not in text, text
+    for text in said[:3]:
+        assert r"x\x1b[2J\r\n\x9bevil\u202e.jpg" in text
+    assert len(said[0].splitlines()) == len(said[3].splitlines()) == 1
+
+
+def altered(path, out, **changes):
+    """The index at `path` with some arrays changed, at `out`."""
+    with np.load(path) as data:
+        arrays = {name: data[name] for name in data.files}
+    np.savez(out, **{**arrays, **{f"/{name}": value(arrays[f"/{name}"]) for name, value in changes.items()}})
+
+
+def pack_names(*names):
+    return np.frombuffer(b"".join(name + b"\0" for name in names), dtype=np.uint8)
+
+
+@pytest.mark.fault(
+    "an index with few labels, paths that leave its folder, or pickles", "refused, with what is wrong", tries=8
+)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"labels": lambda a: a[:-1]}, r"labels of int64 \(47,\), want integers \(48,\)"),
+        ({"labels": lambda a: a + 1}, "labels 1 to 1 for 1 classes"),
+        ({"labels": lambda a: a.astype(float)}, "labels of float64"),
+        ({"sizes": lambda a: a * 0}, "images without pixels"),
+        (
+            {"paths": lambda a: pack_names(*[b"../../etc/x.jpg"] * 48)},
+            r"\.\./\.\./etc/x\.jpg, which leaves the data set's folder",
+        ),
+        ({"paths": lambda a: pack_names(*[b"/etc/x.jpg"] * 48)}, "/etc/x.jpg, which leaves"),
+        ({"root": lambda a: pack_names(b"../..")}, r"\.\./\.\., which leaves"),
+        ({"labels": lambda a: np.array([None] * 48)}, "Object arrays cannot be loaded"),
+    ],
+    ids=["few_labels", "other_labels", "float_labels", "no_pixels", "parent", "absolute", "root", "pickle"],
+)
+def test_an_index_that_no_scan_writes_is_refused(noise, tmp_path, change, message):
+    scan([str(noise), "--workers=1"])
+    altered(noise / "index.npz", tmp_path / "index.npz", **change)
+    with pytest.raises(
+        DataError, match=rf"want an image index written by .*{message}" if "want" not in message[:4] else message
+    ):
+        find_images(tmp_path / "index.npz")
+
+
+@pytest.mark.fault("an index or a shard that claims gigabytes", "refused or left out, not unpacked", tries=1)
+def test_an_index_that_unpacks_to_more_is_not_unpacked(tmp_path):
+    path = tmp_path / "index.npz"
+    np.savez_compressed(path, format=np.zeros(1 << 26, dtype=np.uint8))
+    assert path.stat().st_size < 1 << 20
+    with pytest.raises(DataError, match="compressed arrays"):
+        find_images(path)
+
+
+def test_an_index_of_the_format_before_loads(noise, tmp_path):
+    """It had PIL's format and mode of each image."""
+    scan([str(noise), "--workers=1"])
+    altered(noise / "index.npz", tmp_path / "index.npz")
+    with np.load(noise / "index.npz") as data:
+        old = {name: data[name] for name in data.files} | {
+            "/formats": np.full(48, "JPEG"),
+            "/modes": np.full(48, "RGB"),
+        }
+    np.savez(tmp_path / "index.npz", **old)
+    index = find_images(tmp_path / "index.npz")
+    assert len(index) == 48 and index.read_image(0).size == (80, 60)
+
+
+@pytest.mark.fault(
+    "pictures of 1 x 5000 and 600 x 80,000 pixels", "trained on, evaluated and packed without gigabytes", tries=6
+)
+def test_very_long_pictures_cost_little(tmp_path, loader_name):
+    """Of 1 x 5000 pixels, all of the resized picture would be a gigabyte."""
+    folder = tmp_path / "src" / "c"
+    folder.mkdir(parents=True)
+    ramp = np.linspace(0, 255, 5000).astype(np.uint8)
+    Image.fromarray(ramp[None]).save(folder / "flat.png")
+    Image.fromarray(ramp[:, None]).save(folder / "tall.png")
+    Image.fromarray(np.full((600, 80_000), 127, dtype=np.uint8)).save(folder / "wide.png")
+    index = scan_images(tmp_path / "src", workers=1)
+    with eval_loader(index, loader_name, img_size=224, resize_size=256, workers=0, **PLAIN) as loader:
+        ((images, _, _),) = loader
+        resized = loader.plan.params(0, loader.plan.sample_ids(0))
+    assert (resized.height * resized.width).max() < 5e6
+    means = 255 * images.mean(dim=(1, 2, 3))
+    assert torch.allclose(means, torch.tensor([127.0, 127.0, 127.0]), atol=1.5), means
+    with train_loader(index, loader_name, batch_size=3, workers=0) as loader:
+        assert len(next(loader.batches(0, 1))[0]) == 3
+    assert pack_main([str(tmp_path / "src"), str(tmp_path / "dst"), "--short-side=512", "--workers=1"]) == 0
+    packed = find_images(tmp_path / "dst")
+    assert packed.sizes.tolist() == [[1, 5000], [5000, 1], [600, 80_000]]
+
+
+@pytest.mark.fault("a data worker is killed", "another one makes its batches, bitwise", tries=1)
+def test_a_killed_worker_is_replaced(noise, caplog):
+    pytest.importorskip("torchvision")
+    with train_loader(scan_images(noise, workers=1), "torchvision") as loader:
+        whole = copies(loader.batches(0, 12))
+        batches = loader.batches(0, 12)
+        found = [next(batches)]
+        os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+        found += batches
+    assert all(torch.equal(a, b) for a, b in zip(whole, copies(found), strict=True))
+    assert "a data worker was killed" in caplog.text
+
+
+@pytest.mark.fault("data workers are killed each time", "one line that names --workers", tries=1)
+def test_workers_that_are_killed_each_time_end_the_run_in_one_line(noise, monkeypatch):
+    torchvision_loader = pytest.importorskip("tinymim_fast.data.torchvision_loader")
+    monkeypatch.setattr(torchvision_loader, "_MAX_DEATHS", 2)
+    monkeypatch.setattr(
+        torchvision_loader._TrainBatches, "__getitem__", lambda self, number: os.kill(os.getpid(), signal.SIGKILL)
+    )
+    with (
+        train_loader(scan_images(noise, workers=1), "torchvision") as loader,
+        pytest.raises(
+            DataError, match=r"^workers: got 2, of which some were killed 2 times in a row, for want of memory"
+        ),
+    ):
+        next(loader.batches(0, 2))

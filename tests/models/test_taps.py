@@ -159,7 +159,7 @@ def test_every_parameter_that_is_held_gets_a_gradient(place):
 
 
 def test_no_more_is_computed_than_the_last_place_needs():
-    """Multiply-adds of each place, counted, against arithmetic: projections 3 C^2, 1 C^2, 8 C^2 a token, attention 2 N C."""
+    """Multiply-adds of each place, counted, against arithmetic: products 3, 1, 8 C^2 a token, attention 2 N C."""
     model = build()
     images = torch.randn(1, 3, 32, 32)
     n, c, patches = 17, 48, 16

@@ -14,6 +14,8 @@ from tinymim_fast.data.errors import DataError, name_some
 from tinymim_fast.data.index import ImageIndex
 from tinymim_fast.data.views import EvalView, TrainView
 
+_LONGEST = 64  # short sides; a crop in the centre of an evaluation sees less than one of them
+
 _order_of_epoch = lru_cache(maxsize=2)(epoch_order)  # two, for prefetching over an epoch's end
 
 
@@ -42,8 +44,8 @@ class TrainPlan:
         _check_rank(self.rank, self.batches.world_size)
         if self.steps_per_epoch == 0:
             raise DataError(
-                f"got {self.batches.global_batch_size} images a step for {len(self.index)} images in {self.index.root}, want at "
-                f"most {len(self.index)}",
+                f"got {self.batches.global_batch_size} images a step for {len(self.index)} images in "
+                f"{self.index.root}, want at most {len(self.index)}",
                 argument="batches",
             )
 
@@ -76,7 +78,7 @@ class TrainPlan:
         return number // self.batches.accumulation_steps // self.steps_per_epoch
 
     def params(self, number: int, read_ids: np.ndarray) -> ViewDraws:
-        """Crops, flips and jitter: drawn for `sample_ids(number)`, fitted to the sizes of `read_ids`, the files read."""
+        """Crops, flips and jitter: drawn for `sample_ids(number)`, fitted to the sizes of the files `read_ids`."""
         return draw_views(
             self.index.sizes[read_ids],
             self.sample_ids(number),
@@ -88,8 +90,19 @@ class TrainPlan:
 
 @dataclass(frozen=True, eq=False)
 class CenterCrops:
-    """Sizes and anchors of a batch of n: (n,) int32, pixels; `top` and `left` in the resized image."""
+    """What to do to each image of a batch of n: take a part of the stored image, resize it, crop its centre.
 
+    Args:
+        part_top, part_left, part_height, part_width: (n,) int32, pixels of the stored image; all of it unless it is
+            very long.
+        height, width: (n,) int32, pixels of the resized part.
+        top, left: (n,) int32, anchor of the crop in the resized part.
+    """
+
+    part_top: np.ndarray
+    part_left: np.ndarray
+    part_height: np.ndarray
+    part_width: np.ndarray
     height: np.ndarray
     width: np.ndarray
     top: np.ndarray
@@ -119,10 +132,10 @@ class EvalPlan:
 
     def __post_init__(self):
         _check_rank(self.rank, self.world_size)
-        if self.index.damaged:
+        if bad := BadFiles(self.index).by_path:
             raise DataError(
-                f"got {self.index.root}, where {len(self.index.damaged)} images can't be decoded: "
-                f"{name_some(self.index.damaged)}; replace or remove them, an evaluation counts all images"
+                f"got {self.index.root}, where {len(bad)} images can't be decoded: {name_some(bad)}; replace or remove "
+                f"them, an evaluation counts all images"
             )
 
     @property
@@ -145,12 +158,20 @@ class EvalPlan:
         return self.sample_ids(number)
 
     def params(self, number: int, read_ids: np.ndarray) -> CenterCrops:
-        """torchvision's `Resize(resize_size)` and `CenterCrop(img_size)`, roundings included."""
+        """torchvision's `Resize(resize_size)` and `CenterCrop(img_size)`, roundings included.
+
+        Of an image longer than `_LONGEST` short sides, a part so long around its centre is resized, not gigabytes.
+        """
         size = self.index.sizes[read_ids].astype(np.int64)  # (n, 2)
-        resized = np.floor(self.view.resize_size * size / size.min(axis=1, keepdims=True))
+        short = size.min(axis=1, keepdims=True)
+        part = np.where(
+            size > _LONGEST * short, _LONGEST * short + (size - _LONGEST * short) % 2, size
+        )  # as far on both sides
+        resized = np.floor(self.view.resize_size * part / short)
         anchor = np.rint((resized - self.view.img_size) / 2)
-        (height, width), (top, left) = resized.astype(np.int32).T, anchor.astype(np.int32).T
-        return CenterCrops(height=height, width=width, top=top, left=left)
+        fields = np.stack([(size - part) // 2, part, resized.astype(np.int64), anchor.astype(np.int64)])  # (4, n, 2)
+        (part_anchor, part, resized, anchor) = fields.astype(np.int32)
+        return CenterCrops(*part_anchor.T, *part.T, *resized.T, *anchor.T)
 
 
 def _check_rank(rank: int, world_size: int) -> None:

@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
+import logging
+import os
 import re
+import signal
+import sys
+import threading
 from collections.abc import Iterator, Sequence
+from contextlib import closing
+from functools import partial
 
 import numpy as np
 import torch
@@ -12,10 +20,16 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from tinymim_fast.data.bad_files import BadFiles
+from tinymim_fast.data.decode import one_line
 from tinymim_fast.data.draws import ViewDraws
 from tinymim_fast.data.errors import DataError, ImageError
 from tinymim_fast.data.plan import EvalPlan, TrainPlan
 
+log = logging.getLogger(__name__)
+
+_WORKER_DEATH = re.compile(r"DataLoader worker \(pid.*(killed by signal|exited unexpectedly)")
+_LOST_TENSORS = (ConnectionError, EOFError, FileNotFoundError)  # what it had sent can't be fetched from it any more
+_MAX_DEATHS = 3  # in a row, before a batch comes out
 _JITTER = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation)  # indexed by BRIGHTNESS, CONTRAST, SATURATION
 _BICUBIC = F.InterpolationMode.BICUBIC
 
@@ -68,6 +82,9 @@ class _EvalBatches(Dataset):
         params = plan.params(number, sample_ids)
         for i, sample_id in enumerate(sample_ids):
             image: Image.Image = plan.index.read_image(sample_id)
+            if params.part_height[i] < image.height or params.part_width[i] < image.width:
+                part = (params.part_top[i], params.part_left[i], params.part_height[i], params.part_width[i])
+                image = F.crop(image, *map(int, part))
             image = F.resize(image, [int(params.height[i]), int(params.width[i])], interpolation=_BICUBIC)
             image = F.crop(image, int(params.top[i]), int(params.left[i]), size, size)
             images.append(F.pil_to_tensor(image))
@@ -79,16 +96,58 @@ def batches(
     bad_files: BadFiles,
     numbers: Sequence[int],
     *,
+    workers: int,
+    **options,
+) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Views (B, 3, S, S) on `device` for each batch number; `workers` processes, 0 for none.
+
+    Workers that are killed from outside are replaced; what they had begun is made again.
+
+    Args:
+        plan: the batches.
+        bad_files: the ledger.
+        numbers: of the batches wanted.
+        workers: processes.
+        options: `device`, and `prefetch` of each worker.
+
+    Raises:
+        DataError: a file can't be decoded in evaluation, or hardly any in training; names it. Or workers are killed
+            each time.
+    """
+    done, deaths = 0, 0
+    while done < len(numbers):
+        try:
+            with closing(_batches(plan, bad_files, numbers[done:], workers=workers, **options)) as running:
+                for views in running:
+                    yield views
+                    done, deaths = done + 1, 0
+        except (RuntimeError, *_LOST_TENSORS) as error:
+            if isinstance(error, RuntimeError) and not _WORKER_DEATH.search(str(error)):
+                raise
+            deaths += 1
+            if deaths == _MAX_DEATHS:
+                raise DataError(
+                    f"got {workers}, of which some were killed {deaths} times in a row, for want of memory most "
+                    f"likely; "
+                    "try fewer, or a smaller batch",
+                    argument="workers",
+                ) from None
+            log.warning(
+                "a data worker was killed, for want of memory most likely; starting them anew (%s)", one_line(error)
+            )
+
+
+def _batches(
+    plan: TrainPlan | EvalPlan,
+    bad_files: BadFiles,
+    numbers: Sequence[int],
+    *,
     device: torch.device,
     workers: int,
     prefetch: int,
 ) -> Iterator[tuple[torch.Tensor, ...]]:
-    """Views (B, 3, S, S) on `device` for each batch number; `workers` processes, 0 for none.
-
-    Raises:
-        DataError: a file can't be decoded in evaluation, or hardly any in training; names it.
-    """
     is_train = isinstance(plan, TrainPlan)
+    on_child = signal.getsignal(signal.SIGCHLD)
     loader = iter(
         DataLoader(
             _TrainBatches(plan, bad_files) if is_train else _EvalBatches(plan),
@@ -97,9 +156,14 @@ def batches(
             num_workers=min(workers, len(numbers)),
             prefetch_factor=prefetch if min(workers, len(numbers)) else None,
             pin_memory=device.type == "cuda",
+            worker_init_fn=partial(_end_with_parent, os.getpid()),
             generator=torch.Generator(),  # else it draws a seed from the global generator, which resuming must not
         )
     )
+    if threading.current_thread() is threading.main_thread() and on_child is not None:
+        signal.signal(
+            signal.SIGCHLD, on_child
+        )  # torch's raises wherever the training is when a worker dies; the queue tells too
     scale = torch.tensor([1 / (255 * s) for s in plan.view.std], device=device).view(3, 1, 1)
     shift = torch.tensor([-m / s for m, s in zip(plan.view.mean, plan.view.std)], device=device).view(3, 1, 1)
     try:
@@ -113,3 +177,15 @@ def batches(
     finally:
         if hasattr(loader, "_shutdown_workers"):  # now, not when the last traceback that holds it is dropped
             loader._shutdown_workers()
+            for worker in loader._workers:  # one that hangs in a read takes no other signal
+                worker.kill()
+
+
+def _end_with_parent(parent: int, _: int) -> None:
+    """A worker ends when the process `parent` does, and not by a signal to the whole group before it has saved."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    if sys.platform == "linux":  # even one that is stopped, or hangs in a read
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:
+        os._exit(1)

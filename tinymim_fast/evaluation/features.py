@@ -26,8 +26,8 @@ def extract_features(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Features (n, C), fp32 on the CPU, and labels (n,) of this rank's part of a split.
 
-    A feature is the mean over patch tokens at the place that is tapped. What the last block's qkv projection reads is, for a
-    distilled student, the last thing that the relation loss trained.
+    A feature is the mean over patch tokens at the place that is tapped. What the last block's qkv projection reads is,
+    for a distilled student, the last thing that the relation loss trained.
 
     Args:
         taps: on `device`, of one place.

@@ -17,15 +17,16 @@ logger = logging.getLogger("tinymim_fast")
 
 
 def find_splits(data_path: str, *, workers: int) -> tuple[ImageIndex, ImageIndex]:
-    """Training and validation images; a validation label is the number of its class, by name, among the training classes.
+    """Training and validation images; a validation label is its class's number, by name, among the training classes.
 
     Args:
-        data_path: folder with train/<class>/ and val/<class>/, or labelled shards train-*.tar and val-*.tar, or an index of such.
+        data_path: folder with train/<class>/ and val/<class>/, or labelled shards train-*.tar and val-*.tar, or an
+            index of such.
         workers: processes for a scan.
 
     Raises:
-        InputError: no such folder, no labels, no validation split of its own, or a validation class that has no training images;
-            argument "data_path".
+        InputError: no such folder, no labels, no validation split of its own, or a validation class that has no
+            training images; argument "data_path".
     """
     try:
         train, val = (find_images(data_path, split=split, workers=workers) for split in ("train", "val"))
@@ -36,8 +37,8 @@ def find_splits(data_path: str, *, workers: int) -> tuple[ImageIndex, ImageIndex
     if shared:
         raise _refused(
             data_path,
-            f"{len(shared)} of {len(val)} validation images are training images; want train/<class>/ and val/<class>/ beside each "
-            "other, or shards train-*.tar and val-*.tar",
+            f"{len(shared)} of {len(val)} validation images are training images; want train/<class>/ and val/<class>/ "
+            "beside each other, or shards train-*.tar and val-*.tar",
         )
     names_t, names_v = _names(train), _names(val)
     if len(set(names_t)) < 2:
@@ -49,8 +50,8 @@ def find_splits(data_path: str, *, workers: int) -> tuple[ImageIndex, ImageIndex
     if unknown:
         raise _refused(
             data_path,
-            f"the validation images have {len(unknown)} classes without training images, {name_some(unknown)}; the training "
-            f"images have {name_some(sorted(names_t))}. Want the same class folders, or labels, in both",
+            f"the validation images have {len(unknown)} classes without training images, {name_some(unknown)}; the "
+            f"training images have {name_some(sorted(names_t))}. Want the same class folders, or labels, in both",
         )
     absent = sorted(set(names_t) - set(names_v))
     if absent:

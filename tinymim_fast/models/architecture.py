@@ -1,8 +1,8 @@
 """The one door to `timm.create_model`: what a file, a recipe or a flag may say of an architecture.
 
-Only a plain timm name and the arguments listed here pass, each with its type and range. timm's other arguments name places
-(`pretrained`, `pretrained_cfg`, `cache_dir`, `checkpoint_path`, `hf-hub:` and `local-dir:` names): from a weights file they
-would make timm download or open what the file's author chose.
+Only a plain timm name and the arguments listed here pass, each with its type and range. timm's other arguments name
+places (`pretrained`, `pretrained_cfg`, `cache_dir`, `checkpoint_path`, `hf-hub:` and `local-dir:` names): from a
+weights file they would make timm download or open what the file's author chose.
 """
 
 from __future__ import annotations

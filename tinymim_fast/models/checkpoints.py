@@ -1,8 +1,8 @@
 """Checkpoint formats in and out.
 
 A checkpoint of this package is a folder with `model.safetensors`: fp32 weights in timm's names, and a JSON description
-in the file's metadata under "tinymim_fast" (`ModelInfo`). Training adds optimizer state beside it; an export adds timm's
-`config.json`. What other files hold: weights_file.py, official.py.
+in the file's metadata under "tinymim_fast" (`ModelInfo`). Training adds optimizer state beside it; an export adds
+timm's `config.json`. What other files hold: weights_file.py, official.py.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ def save_weights(folder: Path, state: Mapping[str, torch.Tensor], info: ModelInf
 def list_checkpoints(output_dir: Path) -> list[Path]:
     """The checkpoints of a run that hold weights, oldest first.
 
-    Those are folders named `step_` and eight digits with `model.safetensors`; a user's copies, unfinished ones and whatever else
-    lies there are none.
+    Those are folders named `step_` and eight digits with `model.safetensors`; a user's copies, unfinished ones and
+    whatever else lies there are none.
     """
     folders = (p for p in (output_dir / "checkpoints").glob("step_*") if STEP_NAME.fullmatch(p.name))
     return sorted(p for p in folders if (p / WEIGHTS).is_file())
@@ -69,7 +69,8 @@ def find_weights(source: Path) -> Path:
     """The file with the weights.
 
     Args:
-        source: a run's output folder (its newest checkpoint), a checkpoint or export folder, a timm model folder, or a file.
+        source: a run's output folder (its newest checkpoint), a checkpoint or export folder, a timm model folder, or a
+            file.
 
     Raises:
         InputError: there is none, argument "source".
@@ -113,16 +114,17 @@ def load_encoder(
     """A whole encoder with its weights, fp32 on the CPU, and what it is.
 
     Args:
-        source: a path (see `find_weights`: MAE and TinyMIM releases, what other trainers write, this package's checkpoints
-            and exports, timm's model folders), or `timm:NAME`, for timm's own weights.
+        source: a path (see `find_weights`: MAE and TinyMIM releases, what other trainers write, this package's
+            checkpoints and exports, timm's model folders), or `timm:NAME`, for timm's own weights.
         model: timm name; needed only where neither the file nor its widths tell.
         model_kwargs: for `create_vit`; they override the file's, but not its numbers of heads.
-        img_size: side of the square input, pixels; absolute position embeddings are resampled to it. Default: the file's.
+        img_size: side of the square input, pixels; absolute position embeddings are resampled to it. Default: the
+            file's.
         key: of several models in one file, the one below this key.
 
     Raises:
-        InputError: unreadable, weights of another architecture (names the first key that differs and both shapes), other
-            numbers of heads than the file's (names the block and both), or weights that are not finite.
+        InputError: unreadable, weights of another architecture (names the first key that differs and both shapes),
+            other numbers of heads than the file's (names the block and both), or weights that are not finite.
     """
     asked = check_kwargs(model_kwargs or {})
     local = source.removeprefix("timm:local-dir:")
@@ -130,10 +132,10 @@ def load_encoder(
         return _load_timm(source, model=model, kwargs=asked, img_size=img_size)
     path = find_weights(Path(local))
     content = read_file(path)
-    state = find_encoder(content, path, key)
-    refuse_star(state, path)
     info = _described(content, path) or _timm_folder(path.parent)
+    state = content.tensors if info is not None and key is None else find_encoder(content, path, key)
     if info is None:
+        refuse_star(state, path)
         info = _told_by_file(content, state, path, model)
     elif model is not None and model != info.architecture:
         raise InputError(f"got {model}, but {source} holds a {info.architecture}; leave it out", argument="model")
@@ -308,7 +310,7 @@ def _runs(numbers: Sequence[int]) -> str:
 
 
 def _img_size(state: Mapping[str, torch.Tensor]) -> int | None:
-    """Side of the input, from a square of position embeddings behind a class token; None where there is no such square."""
+    """Side of the input, from a square of position embeddings behind a class token; None where there is none."""
     embed, proj = state.get("pos_embed"), state.get("patch_embed.proj.weight")
     if embed is None or embed.ndim != 3 or proj is None or proj.ndim != 4 or "cls_token" not in state:
         return None
@@ -326,7 +328,8 @@ def _guess_architecture(state: Mapping[str, torch.Tensor], path: Path) -> str:
         )
     width, patch = proj.shape[0], proj.shape[-1]
     depth = len({k.split(".")[1] for k in state if k.startswith("blocks.")})
-    name = f"vit_{SIZES.get((width, depth))}_patch{patch}_224"
+    family = "deit_{}_distilled" if "dist_token" in state else "vit_{}"
+    name = f"{family.format(SIZES.get((width, depth)))}_patch{patch}_224"
     if not timm.is_model(name):
         raise InputError(
             f"{path} holds {depth} blocks of width {width}, patch {patch}, which no timm name tells; say what it is",

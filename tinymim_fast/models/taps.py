@@ -46,11 +46,11 @@ class Place(NamedTuple):
     """One tensor of a vision transformer.
 
     Args:
-        at: "input", "norm1", "qkv", "attention", "mlp" or "output" of a block, each (B, N, C), the packed [q | k | v] after a
-            qk-norm (B, N, 3 C); "final_norm", (B, N, C), or "class_token" behind it, (B, C).
+        at: "input", "norm1", "qkv", "attention", "mlp" or "output" of a block, each (B, N, C), the packed [q | k | v]
+            after a qk-norm (B, N, 3 C); "final_norm", (B, N, C), or "class_token" behind it, (B, C).
         block: 1-based; None for the two that lie behind the blocks.
-        after_residual: of "attention" and "mlp": the residual stream after the addition, not what is added. What is added comes
-            with LayerScale and without drop path, which would make it zero for some images.
+        after_residual: of "attention" and "mlp": the residual stream after the addition, not what is added. What is
+            added comes with LayerScale and without drop path, which would make it zero for some images.
     """
 
     at: str
@@ -72,8 +72,8 @@ class Place(NamedTuple):
 class Taps(nn.Module):
     """A vision transformer that gives the tensors at `places`, and computes and holds nothing behind the last of them.
 
-    `model` stays whole. Weights are shared with it, not copied: `to`, `requires_grad_` and training reach the model's too. What
-    the places need keeps timm's names behind "model."; the rest is not among this module's parameters.
+    `model` stays whole. Weights are shared with it, not copied: `to`, `requires_grad_` and training reach the model's
+    too. What the places need keeps timm's names behind "model."; the rest is not among this module's parameters.
 
     Args:
         model: timm VisionTransformer, see `check_supported` in vit.py.
@@ -140,7 +140,7 @@ class Taps(nn.Module):
 def _run_block(
     block: Block, x: torch.Tensor, stage: int, wanted: Sequence[Place], found: dict[Place, torch.Tensor]
 ) -> torch.Tensor:
-    """timm's `Block.forward` up to `stage`, with what is `wanted` on the way put into `found`; gives the residual stream."""
+    """timm's `Block.forward` up to `stage`, what is `wanted` on the way put into `found`; gives the residual stream."""
 
     def note(name: str, tensor: torch.Tensor) -> bool:
         """Whether the block ends here."""

@@ -23,7 +23,7 @@ def create_vit(name: str, *, img_size: int, pretrained: bool = False, **kwargs: 
         name: plain timm model name.
         img_size: side of the square input, pixels.
         pretrained: load timm's own weights, over the network where they are not cached.
-        **kwargs: for the model, any of `architecture.KWARGS`, e.g. `reg_tokens`, `class_token`, `patch_size`; `num_heads` may be
+        **kwargs: for the model, any of `architecture.KWARGS`, e.g. `reg_tokens`, `class_token`; `num_heads` may be
             a list, one number for each block.
 
     Raises:
@@ -56,8 +56,8 @@ def set_num_heads(model: VisionTransformer, num_heads: Sequence[int]) -> None:
         num_heads: one number for each block.
 
     Raises:
-        InputError: not one for each block, a number that does not divide the width, or a qk-norm, whose weights are as wide as
-            a head; argument "model_kwargs".
+        InputError: not one for each block, a number that does not divide the width, or a qk-norm, whose weights are as
+            wide as a head; argument "model_kwargs".
     """
     if len(num_heads) != len(model.blocks):
         raise InputError(
@@ -74,7 +74,7 @@ def set_num_heads(model: VisionTransformer, num_heads: Sequence[int]) -> None:
             )
         if not isinstance(attn.q_norm, nn.Identity):
             raise InputError(
-                "got other numbers of heads in other blocks with qk_norm, whose weights are as wide as a head; want one number",
+                "got other numbers of heads in other blocks with qk_norm, whose weights are as wide as one; want one",
                 argument="model_kwargs",
             )
         attn.num_heads, attn.head_dim = heads, attn.attn_dim // heads
@@ -103,8 +103,8 @@ def check_supported(model: nn.Module, name: str) -> None:
         if type(block) is not Block or attn is not Attention:
             raise _unsupported(
                 name,
-                f"block {i} is a {type(block).__name__} with {attn.__name__}, want timm's Block with Attention (pre-norm, "
-                "one qkv projection)",
+                f"block {i} is a {type(block).__name__} with {attn.__name__}, want timm's Block with Attention "
+                "(pre-norm, one qkv projection)",
             )
 
 
@@ -136,9 +136,10 @@ def init_mae_style(model: nn.Module, *, pos_embed: str) -> None:
         elif isinstance(module, nn.LayerNorm):
             module.reset_parameters()
     patches = model.patch_embed.proj
-    nn.init.xavier_uniform_(patches.weight.view(patches.weight.shape[0], -1))
-    if patches.bias is not None:
-        nn.init.zeros_(patches.bias)
+    if not isinstance(patches, nn.Identity):  # of a hybrid whose convolutions end in the blocks' width
+        nn.init.xavier_uniform_(patches.weight.view(patches.weight.shape[0], -1))
+        if patches.bias is not None:
+            nn.init.zeros_(patches.bias)
     for token in (model.cls_token, model.reg_token):
         if token is not None:
             nn.init.normal_(token, std=0.02)
@@ -157,6 +158,31 @@ def set_constant_drop_path(model: VisionTransformer, rate: float) -> None:
     for block in model.blocks[:-1]:
         block.drop_path1 = DropPath(rate) if rate else nn.Identity()
         block.drop_path2 = DropPath(rate) if rate else nn.Identity()
+
+
+class _Fp32BatchNorm:
+    """Mixed into a BatchNorm whose weights an engine casts to 16 bits: it computes in the type of its statistics."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.weight is None or self.weight.dtype == self.running_mean.dtype:
+            return super().forward(x)
+        kept = self._parameters  # not torch.func.functional_call, which would call a user's hooks a second time
+        self._parameters = {name: parameter.float() for name, parameter in kept.items()}
+        try:
+            return super().forward(x.float()).to(x.dtype)
+        finally:
+            self._parameters = kept
+
+
+def keep_batch_norm_fp32(model: nn.Module) -> None:
+    """Make BatchNorms (of timm's hybrids) take 16-bit weights and images beside fp32 statistics, in place.
+
+    PyTorch's batch norm refuses such a mixture on the CPU, and statistics in bf16 would stop moving 2 % from the mean.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
+            kind = type(module)
+            module.__class__ = type(f"Fp32{kind.__name__}", (_Fp32BatchNorm, kind), {})
 
 
 def sincos_2d(grid: tuple[int, int], dim: int, num_prefix_tokens: int) -> torch.Tensor:
@@ -180,7 +206,7 @@ def sincos_2d(grid: tuple[int, int], dim: int, num_prefix_tokens: int) -> torch.
 
 
 def head_layout(model: VisionTransformer) -> dict[str, Any]:
-    """Width, and the number of heads of each block: what no weight shows, and a later loader must not change silently."""
+    """Width, and the number of heads of each block: what no weight shows, and a loader must not change silently."""
     return {"embed_dim": model.embed_dim, "num_heads": [block.attn.num_heads for block in model.blocks]}
 
 
@@ -199,8 +225,8 @@ def check_heads(model: VisionTransformer, num_heads: Sequence[int], source: obje
     for number, (ours, theirs) in enumerate(zip(built, num_heads), 1):
         if ours != theirs:
             raise InputError(
-                f"block {number} has {ours} heads in the model and {theirs} in {source}; weights mean something else under another "
-                f"number: leave num_heads out, or give {list(num_heads)}",
+                f"block {number} has {ours} heads in the model and {theirs} in {source}; weights mean something else "
+                f"under another number: leave num_heads out, or give {list(num_heads)}",
                 argument="model_kwargs",
             )
 
@@ -211,8 +237,9 @@ def tinymim_fast_vit(
 ) -> VisionTransformer:
     """timm's model `base` with a number of heads for each block, which no plain timm model can have.
 
-    What `tinymim_fast.export` names in such a model's config.json: `timm.create_model("local-dir:DIR", pretrained=True)` gives
-    it after `import tinymim_fast.models`, and without that import fails, rather than give other attention.
+    What `tinymim_fast.export` names in such a model's config.json: `timm.create_model("local-dir:DIR",
+    pretrained=True)` gives it after `import tinymim_fast.models`, and without that import fails, rather than give
+    other attention.
     """
     model = timm.model_entrypoint(check_name(base))(pretrained=pretrained, num_heads=num_heads[0], **kwargs)
     set_num_heads(model, num_heads)

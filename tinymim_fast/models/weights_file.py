@@ -1,12 +1,13 @@
 """Files of weights as others write them: read at one boundary, past which every failure is an `InputError`.
 
-`read_file` gives the tensors under flat names ("state_dict.module.cls_token") and what the file says of itself; `find_encoder`
-picks the vision transformer among them, by its patch embedding.
+`read_file` gives the tensors under flat names ("state_dict.module.cls_token") and what the file says of itself;
+`find_encoder` picks the vision transformer among them, by its patch embedding.
 """
 
 from __future__ import annotations
 
 import argparse
+import collections
 import json
 import logging
 import pickle
@@ -41,17 +42,15 @@ class _Ignored:
         pass
 
 
-class _Dict(dict):
-    """Stands for a defaultdict."""
-
-    def __init__(self, *factory: Any):
-        super().__init__()
+def _dictionary(*factory: Any) -> collections.OrderedDict:
+    """Stands for defaultdict's constructor."""
+    return collections.OrderedDict()
 
 
 # Not the real classes: numpy's believe what a pickle says of their memory.
 STAND_INS = [
     argparse.Namespace,
-    (_Dict, "collections.defaultdict"),
+    (_dictionary, "collections.defaultdict"),
     *((_Ignored, f"builtins.{name}") for name in ("int", "float", "list", "dict", "set")),
     *(
         (_Ignored, f"{module}.{name}")
@@ -115,8 +114,8 @@ def read_file(path: Path) -> FileContent:
 def find_encoder(content: FileContent, path: Path, key: str | None = None) -> dict[str, torch.Tensor]:
     """The weights of one vision transformer in timm's names, without what wrappers put before them.
 
-    Of several, averaged weights (EMA, or a self-distillation's teacher) are taken before the others, as timm does; what was
-    taken is logged.
+    Of several, averaged weights (EMA, or a self-distillation's teacher) are taken before the others, as timm does;
+    what was taken is logged.
 
     Args:
         content: of the file.
@@ -156,7 +155,8 @@ def check_finite(state: Mapping[str, torch.Tensor], path: object) -> None:
         bad = int((~tensor.isfinite()).sum())
         if bad:
             raise InputError(
-                f"{path}: {name} is not finite ({bad} of {tensor.numel()} values): damaged, or saved by a run that diverged",
+                f"{path}: {name} is not finite ({bad} of {tensor.numel()} values): damaged, or saved by a run that "
+                "diverged",
                 argument="source",
             )
 
@@ -240,8 +240,8 @@ def _read_pickle(path: Path) -> FileContent:
             ) from error
         raise _refused(
             path,
-            f"holds a Python object, {shown(named[1])}, beside its tensors, and loading it could run code; save the weights "
-            "alone where they were made: torch.save({'model': model.state_dict()}, FILE)",
+            f"holds a Python object, {shown(named[1])}, beside its tensors, and loading it could run code; save the "
+            "weights alone where they were made: torch.save({'model': model.state_dict()}, FILE)",
         ) from error
     content = FileContent(dict(_tensors(whole)))
     args = whole.get("args") if isinstance(whole, dict) else None
@@ -290,7 +290,7 @@ def _told(tensors: Mapping[str, torch.Tensor]) -> str:
     """What a file without timm's names holds."""
     names = list(tensors)
     if any("embeddings.patch_embeddings.projection" in name for name in names):
-        return "the names are Hugging Face's; timm has most of these models: give timm:NAME, or convert the names to timm's"
+        return "the names are Hugging Face's; give timm's model of it, timm:NAME, or convert the names to timm's"
     if any(name.endswith(("transformer.resblocks.0.attn.in_proj_weight", "visual.conv1.weight")) for name in names):
         return "the names are OpenAI CLIP's; give timm's model of it, timm:NAME"
     embed = next((name for name in names if name.endswith("patch_embed.weight") or "patch_embed" in name), None)

@@ -49,9 +49,9 @@ class RelationDistiller(nn.Module):
                 )
         if student.num_tokens != teacher.num_tokens:
             raise InputError(
-                f"the student has {student.num_tokens} tokens, {student.num_prefix_tokens} of them before the patches, the "
-                f"teacher {teacher.num_tokens} and {teacher.num_prefix_tokens}; relations need the same: match patch_size, "
-                "class_token and reg_tokens",
+                f"the student has {student.num_tokens} tokens, {student.num_prefix_tokens} of them before the patches, "
+                f"the teacher {teacher.num_tokens} and {teacher.num_prefix_tokens}; relations need the same: match "
+                "patch_size, class_token and reg_tokens",
                 argument="student_model_kwargs",
             )
         self.student = student

@@ -27,8 +27,8 @@ class DistillConfig(RunConfig):
         teacher_checkpoint: an official MAE or TinyMIM `.pth`, a checkpoint or export of this package (folder or
             file), or `timm:NAME` for timm's own weights.
         student_model: timm name of a VisionTransformer.
-        student_model_kwargs: passed to `timm.create_model`, e.g. `{"reg_tokens": 4}`; `num_heads` may be a list, one number for
-            each block.
+        student_model_kwargs: passed to `timm.create_model`, e.g. `{"reg_tokens": 4}`; `num_heads` may be a list, one
+            number for each block.
         student_pos_embed: "sincos", fixed as in MAE, or "learn".
         teacher_model: timm name of the teacher; read from the checkpoint where that says it.
         teacher_model_kwargs: passed to `timm.create_model`; `num_heads` may be a list, one number for each block.
@@ -120,7 +120,14 @@ def build_task(config: DistillConfig, world: "World", checkpoint: Path | None) -
     from tinymim_fast.models.checkpoints import restore
     from tinymim_fast.models.model_info import ModelInfo
     from tinymim_fast.models.taps import Place, Taps
-    from tinymim_fast.models.vit import create_vit, freeze, head_layout, init_mae_style, set_constant_drop_path
+    from tinymim_fast.models.vit import (
+        create_vit,
+        freeze,
+        head_layout,
+        init_mae_style,
+        keep_batch_norm_fp32,
+        set_constant_drop_path,
+    )
     from tinymim_fast.targets.relations import RelationDistiller
     from tinymim_fast.training.task import Task, saved_buffers, train_view, without_prefix
 
@@ -129,6 +136,7 @@ def build_task(config: DistillConfig, world: "World", checkpoint: Path | None) -
         student = create_vit(config.student_model, img_size=config.img_size, **config.student_model_kwargs)
         init_mae_style(student, pos_embed=config.student_pos_embed)
         set_constant_drop_path(student, config.drop_path)
+        keep_batch_norm_fp32(student)
         if checkpoint is not None:
             restore(student, checkpoint)
     layout = head_layout(student)

@@ -64,12 +64,13 @@ def build_task(config: PretrainConfig, world: "World", checkpoint: Path | None) 
     from tinymim_fast.models.checkpoints import read_weights
     from tinymim_fast.models.mae import MaskedAutoencoder
     from tinymim_fast.models.model_info import ModelInfo
-    from tinymim_fast.models.vit import check_heads, create_vit, head_layout
+    from tinymim_fast.models.vit import check_heads, create_vit, head_layout, keep_batch_norm_fp32
     from tinymim_fast.models.weights_file import check_finite
     from tinymim_fast.training.task import Task, saved_buffers, train_view, without_prefix
 
     encoder = create_vit(config.model, img_size=config.img_size, **config.model_kwargs)
     layout = head_layout(encoder)
+    keep_batch_norm_fp32(encoder)
     model = MaskedAutoencoder(
         encoder,
         mask_ratio=config.mask_ratio,

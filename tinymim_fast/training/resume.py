@@ -58,9 +58,15 @@ def find_run_images(config: RunConfig, *, resumed: bool) -> ImageIndex:
         InputError: there are none, too many of them are damaged, or a continued run's are others.
     """
     try:
-        index = find_images(config.data_path, split="train", workers=config.workers)
+        index = find_images(
+            config.data_path,
+            split=config.split,
+            layout=config.layout,
+            max_image_pixels=config.max_image_pixels,
+            workers=config.workers,
+        )
     except InputError as error:
-        error.argument = "data_path"
+        error.argument = error.argument or "data_path"
         raise
     saved = Path(config.output_dir) / INDEX
     if resumed and saved.exists():
