@@ -38,7 +38,7 @@ def whole_file(path: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def whole_folder(path: str | Path) -> Iterator[Path]:
-    """An empty temporary folder to fill; it becomes `path`, which must be empty or missing, at the end of the with block.
+    """An empty temporary folder to fill; it becomes `path`, which must be empty or missing, as the with block ends.
 
     An exception inside leaves nothing behind.
 
