@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar, get_args
@@ -69,6 +69,7 @@ class RunConfig:
         checkpoint_interval: optimizer steps between checkpoints; 0: by time only.
         checkpoint_minutes: minutes between checkpoints; 0: by steps only. The last step is always saved.
         checkpoint_hist: checkpoints kept.
+        max_time: minutes from the program's start after which the run saves and stops with code 75; 0: none.
         resume: "auto" continues what `output_dir` holds; "none" starts anew and refuses a folder with checkpoints.
         tensorboard: write event files to `output_dir/tensorboard`.
     """
@@ -88,6 +89,7 @@ class RunConfig:
             "checkpoint_interval",
             "checkpoint_minutes",
             "checkpoint_hist",
+            "max_time",
             "resume",
             "tensorboard",
             "train_micro_batch_size_per_gpu",
@@ -132,6 +134,7 @@ class RunConfig:
     checkpoint_interval: int = 0
     checkpoint_minutes: float = 30.0
     checkpoint_hist: int = 2
+    max_time: float = 0.0
     resume: Literal["auto", "none"] = "auto"
     tensorboard: bool = True
 
@@ -159,6 +162,7 @@ class RunConfig:
             "clip_grad",
             "checkpoint_interval",
             "checkpoint_minutes",
+            "max_time",
             "seed",
         ]:
             self._check(name, getattr(self, name) >= 0, "0 or more")
@@ -284,7 +288,12 @@ def to_yaml(config: RunConfig) -> str:
 
 
 def differences(saved: dict[str, Any], config: RunConfig) -> list[str]:
-    """Fields that make `config` another run than the saved one, each as `name: saved -> now`."""
+    """Fields that make `config` another run than the saved one, each as `name: saved -> now`.
+
+    A field that the saved one doesn't have, because it was written before there was one, had the default.
+    """
     now = to_dict(config)
+    defaults = {f.name: f.default for f in fields(config) if f.default is not MISSING}
+    saved = json.loads(json.dumps(defaults)) | saved
     names = [n for n in [*now, *(set(saved) - set(now))] if n not in config.FREE_ON_RESUME]
     return [f"{n}: {saved.get(n)} -> {now.get(n)}" for n in names if saved.get(n) != now.get(n)]
