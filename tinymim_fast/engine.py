@@ -9,6 +9,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from tinymim_fast.distributed import World, complete_environment, join, seed_ran
 from tinymim_fast.errors import InputError
 
 STATE = "optimizer.safetensors"
+MAX_JSON = 1 << 20  # bytes
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, by their names in PyTorch
 deepspeed.utils.logger.setLevel(logging.WARNING)  # a user's run needs its warnings, not every step of its set-up
 
@@ -115,19 +117,69 @@ def deepspeed_config(
     if deepspeed_config is None:
         return ours
     path = Path(deepspeed_config)
-    try:
-        theirs = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(theirs, dict):
-            raise ValueError("not a JSON object")
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} can't be read: {error}", argument="deepspeed_config") from error
+    theirs = _read_json(path)
     for section in ("optimizer", "scheduler"):
         if section in theirs:
             raise InputError(
                 f"{path}: '{section}' is set by lr_base, weight_decay, warmup_epochs and the like; leave it out",
                 argument="deepspeed_config",
             )
+    if not isinstance(theirs.get("steps_per_print"), int | None):
+        raise InputError(
+            f"{path}: steps_per_print is {theirs['steps_per_print']!r}, want a whole number",
+            argument="deepspeed_config",
+        )
     return _merge(ours, theirs, path)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """A user's DeepSpeed configuration; keys that stand twice, and ones that are almost DeepSpeed's, are errors."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        keys = [key for key, _ in pairs]
+        repeated = next((key for key in keys if keys.count(key) > 1), None)
+        if repeated is not None:
+            raise ValueError(f"the key {repeated} stands there twice")
+        return dict(pairs)
+
+    try:
+        if not path.is_file():
+            raise OSError("no such file")
+        if path.stat().st_size > MAX_JSON:
+            raise ValueError(f"{path.stat().st_size} bytes, want at most {MAX_JSON}")
+        theirs = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=once)
+        if not isinstance(theirs, dict):
+            raise ValueError("not a JSON object")
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path} can't be read: {error}", argument="deepspeed_config") from error
+    known = {value for value in vars(deepspeed.runtime.constants).values() if isinstance(value, str)}
+    for key in theirs.keys() - known:
+        likely = get_close_matches(key, known, n=1, cutoff=0.85)
+        if likely:
+            raise InputError(f"{path}: {key}: did you mean {likely[0]}?", argument="deepspeed_config")
+    return theirs
+
+
+@contextlib.contextmanager
+def refusals(deepspeed_config: str | Path | None) -> Iterator[None]:
+    """What DeepSpeed says against a user's file, inside the with block, as one line.
+
+    Args:
+        deepspeed_config: the file; None: errors pass as they are.
+
+    Raises:
+        InputError: DeepSpeed refused; names the file and the key where DeepSpeed does.
+    """
+    try:
+        yield
+    except Exception as error:
+        if deepspeed_config is None or isinstance(error, InputError):
+            raise
+        reason = str(error).split("\n")[0] or type(error).__name__
+        if hasattr(error, "errors"):  # pydantic's, one of many lines
+            first = error.errors()[0]
+            reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        raise InputError(f"{deepspeed_config}: DeepSpeed refuses it: {reason}", argument="deepspeed_config") from error
 
 
 SETTINGS = {  # what to change instead of DeepSpeed's key
@@ -380,7 +432,7 @@ _leave_gradients_on_the_device()
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """DeepSpeed prints memory reports while it sets up, and collects garbage before each, 0.3 s: of new objects."""
+    """DeepSpeed prints memory reports while it sets up, with a garbage collection each: here of new objects only."""
     gc.freeze()
     try:
         with contextlib.redirect_stdout(io.StringIO()):

@@ -1,4 +1,4 @@
-"""Compiled blocks in whole runs: same losses, exact resume, what is said of compiling, and compilers that are missing."""
+"""Compiled blocks in whole runs: same losses, exact resume, what is said of it, compilers that are missing."""
 
 import json
 import logging

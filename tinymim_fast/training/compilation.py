@@ -33,7 +33,7 @@ class Compiler:
     """Compiles modules, and knows how long that took and what was compiled again. Used as a context, around the run.
 
     A module is compiled where it is first called; those that are alike share a graph. More graphs than kinds of
-    modules, or any after the first step, mean that something of the input or of the model changes: that is a warning with
+    modules, or any after the first step, mean that something of the input or the model changes: that is a warning with
     the reason.
     """
 

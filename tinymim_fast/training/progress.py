@@ -14,6 +14,7 @@ from tinymim_fast.batches import BatchPlan
 from tinymim_fast.data.bad_files import BadFiles
 from tinymim_fast.distributed import World
 from tinymim_fast.errors import NonFiniteLossError
+from tinymim_fast.training.stop import StopRequests
 from tinymim_fast.training.task import Views
 
 
@@ -47,12 +48,12 @@ class Progress:
         self._lr = 0.0
         self._restart_clocks()
 
-    def timed(self, micro_batches: Iterator[Views]) -> Iterator[Views]:
-        """The same micro-batches; how long each is waited for is counted."""
+    def timed(self, micro_batches: Iterator[Views], stop: StopRequests) -> Iterator[Views]:
+        """The same micro-batches; how long each is waited for is counted, and `stop` knows what is waited for."""
         while True:
             asked = time.perf_counter()
             try:
-                with record_function("data"):
+                with stop.doing("waiting for data"), record_function("data"):
                     views = next(micro_batches)
             except StopIteration:
                 return
