@@ -1,7 +1,7 @@
 """The README's reliability table, from the tests that are marked with the fault they show and from the trial of record.
 
-A test carries its row: `@pytest.mark.fault("what happens to the run", "what comes of it")`. It counts as many tries as it has
-parameters, or as its `tries=N` says; tests of one fault are added up. `tests/soak.py` writes results/soak.csv.
+A test carries its row: `@pytest.mark.fault("what happens to the run", "what comes of it")`. It counts as many tries as
+it has parameters, or as its `tries=N` says; tests of one fault are added up. `tests/soak.py` writes results/soak.csv.
 """
 
 import ast
@@ -63,15 +63,31 @@ def table(tests: Path, results: Path) -> str:
 
 def _marks(tree: ast.Module) -> Iterator[tuple[str, ast.Call, int]]:
     """Name, `pytest.mark.fault(...)` and number of parameters of each test that has one."""
+    sizes = {
+        target.id: len(node.value.keys if isinstance(node.value, ast.Dict) else node.value.elts)
+        for node in tree.body
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict | ast.List | ast.Tuple)
+        for target in node.targets
+        if isinstance(target, ast.Name)
+    }
     for function in ast.walk(tree):
         if not isinstance(function, ast.FunctionDef):
             continue
         marks = [d for d in function.decorator_list if isinstance(d, ast.Call) and isinstance(d.func, ast.Attribute)]
         tries = 1
         for mark in marks:
-            if mark.func.attr == "parametrize" and isinstance(mark.args[1], ast.List | ast.Tuple):
-                tries *= len(mark.args[1].elts)
+            if mark.func.attr == "parametrize":
+                tries *= _length(mark.args[1], sizes)
         yield from ((function.name, mark, tries) for mark in marks if mark.func.attr == "fault")
+
+
+def _length(values: ast.expr, sizes: dict[str, int]) -> int:
+    """Of a literal list, or of a list or of the values of a dict that the module names; 1 where it can't be seen."""
+    if isinstance(values, ast.List | ast.Tuple):
+        return len(values.elts)
+    if isinstance(values, ast.Call) and isinstance(values.func, ast.Attribute):
+        values = values.func.value
+    return sizes.get(values.id, 1) if isinstance(values, ast.Name) else 1
 
 
 def _record(path: Path) -> dict[str, str]:

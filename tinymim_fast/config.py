@@ -11,14 +11,16 @@ import math
 import re
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar, get_args
 
 import yaml
 
 from tinymim_fast.batches import BatchPlan
 from tinymim_fast.errors import InputError, flags
+from tinymim_fast.yaml_files import read_mapping
 
 RECIPES = Path(__file__).parent / "recipes"
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -59,14 +61,19 @@ class RunConfig:
         weight_decay: AdamW's, on weights of two and more dimensions only.
         opt_betas: AdamW's.
         clip_grad: largest gradient norm; 0 does not clip.
-        zero_stage: DeepSpeed ZeRO stage, 0, 1 or 2.
+        zero_stage: DeepSpeed ZeRO stage, 0 to 3.
         bf16: bf16 weights with fp32 master weights and fp32 gradient accumulation; else fp32.
+        compile: compile the models' blocks; "auto": on GPUs.
+        attention: "sdpa", "flash", "cudnn" or "efficient" of PyTorch, "xformers", "math" (plain products), or "auto":
+            the fastest by the table in models/attention.py, sdpa where it has no row.
+        profile: optimizer steps to trace, after the first five of a start; 0 traces none.
         deepspeed_config: a DeepSpeed JSON file, merged into what these fields say; a contradiction is an error.
         seed: of the initial weights, the order of the data, the crops, drop path.
         log_interval: optimizer steps between two lines of metrics.
         checkpoint_interval: optimizer steps between checkpoints; 0: by time only.
         checkpoint_minutes: minutes between checkpoints; 0: by steps only. The last step is always saved.
         checkpoint_hist: checkpoints kept.
+        max_time: minutes from the program's start after which the run saves and stops with code 75; 0: none.
         resume: "auto" continues what `output_dir` holds; "none" starts anew and refuses a folder with checkpoints.
         tensorboard: write event files to `output_dir/tensorboard`.
     """
@@ -86,11 +93,15 @@ class RunConfig:
             "checkpoint_interval",
             "checkpoint_minutes",
             "checkpoint_hist",
+            "max_time",
             "resume",
             "tensorboard",
             "train_micro_batch_size_per_gpu",
             "gradient_accumulation_steps",
             "zero_stage",
+            "compile",
+            "attention",
+            "profile",
             "deepspeed_config",
         ]
     )
@@ -122,21 +133,34 @@ class RunConfig:
     weight_decay: float = 0.05
     opt_betas: tuple[float, float] = (0.9, 0.95)
     clip_grad: float = 0.0
-    zero_stage: Literal[0, 1, 2] = 1
+    zero_stage: Literal[0, 1, 2, 3] = 1
     bf16: bool = True
+    compile: bool | Literal["auto"] = "auto"
+    attention: Literal["auto", "sdpa", "flash", "cudnn", "efficient", "xformers", "math"] = "auto"
+    profile: int = 0
     deepspeed_config: str | None = None
     seed: int = 0
     log_interval: int = 50
     checkpoint_interval: int = 0
     checkpoint_minutes: float = 30.0
     checkpoint_hist: int = 2
+    max_time: float = 0.0
     resume: Literal["auto", "none"] = "auto"
     tensorboard: bool = True
 
     def __post_init__(self) -> None:
+        for f in fields(self):
+            value = getattr(self, f.name)
+            optional = type(None) in get_args(f.type)
+            self._check(f.name, value is not None or optional, "a value")
+            self._check(f.name, not isinstance(value, bool) or f.type is bool, "a number")
+            self._check(f.name, value != "", "no empty text")
+            numbers = value if isinstance(value, tuple) else (value,)
+            self._check(f.name, all(abs(v) < 2**31 for v in numbers if isinstance(v, int)), "less than 2 ** 31")
+            self._check(f.name, all(math.isfinite(v) for v in numbers if isinstance(v, float)), "a finite number")
         positive = (
             "img_size workers epochs train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps lr "
-            "lr_base lr_base_size log_interval checkpoint_hist"
+            "lr_base lr_base_size log_interval checkpoint_hist max_image_pixels"
         )
         for name in positive.split():
             value = getattr(self, name)
@@ -148,6 +172,8 @@ class RunConfig:
             "clip_grad",
             "checkpoint_interval",
             "checkpoint_minutes",
+            "profile",
+            "max_time",
             "seed",
         ]:
             self._check(name, getattr(self, name) >= 0, "0 or more")
@@ -160,11 +186,6 @@ class RunConfig:
         self._check("std", min(self.std) > 0, "three numbers above 0")
         self._check("opt_betas", all(0 <= b < 1 for b in self.opt_betas), "two numbers in [0, 1)")
         self._check("warmup_epochs", self.warmup_epochs <= self.epochs, f"at most epochs, {self.epochs}")
-        for f in fields(self):
-            value = getattr(self, f.name)
-            numbers = value if isinstance(value, tuple) else (value,)
-            finite = all(math.isfinite(v) for v in numbers if isinstance(v, float))
-            self._check(f.name, finite, "a finite number")
 
     def _check(self, name: str, ok: bool, want: str) -> None:
         if not ok:
@@ -221,7 +242,7 @@ def parse(kind: type[Config], argv: Sequence[str], prog: str) -> Config:
     parser.add_argument("--config", action=ActionConfigFile, help="YAML recipe: a path, or a packaged recipe's name")
     parser.add_class_arguments(kind)
     try:
-        values = parser.parse_args(_normalise(argv))
+        values = parser.parse_args(_normalise(argv, [f.name for f in fields(kind)]))
         with name_flags(kind):
             return kind(**{f.name: _plain(values[f.name]) for f in fields(kind)})
     except (ArgumentError, TypeError) as error:
@@ -233,8 +254,8 @@ def name_flags(kind: type[RunConfig]) -> AbstractContextManager[None]:
     return flags(**{f.name: f"--{f.name.replace('_', '-')}" for f in fields(kind)})
 
 
-def _normalise(argv: Sequence[str]) -> list[str]:
-    """Dashes to underscores in flag names, recipe names to paths, launcher's flags out."""
+def _normalise(argv: Sequence[str], names: Sequence[str]) -> list[str]:
+    """Dashes to underscores in flag names, recipe names to paths, launcher's flags out; recipes are read for errors."""
     args = [re.sub(r"^--[^=]+", lambda m: "--" + m[0][2:].replace("-", "_"), a) for a in argv]
     args = [a for a in args if not a.startswith("--local_rank")]  # DeepSpeed's launcher adds it; the environment has it
     for i, arg in enumerate(args):
@@ -249,6 +270,14 @@ def _normalise(argv: Sequence[str]) -> list[str]:
                 known = ", ".join(sorted(p.stem for p in RECIPES.glob("*.yaml")))
                 raise InputError(f"--config: got {name}, want a YAML file or one of the recipes {known}")
             args[at] = f"--config={packaged}" if value else str(packaged)
+            name = packaged
+        with flags(path="--config"):
+            keys = read_mapping(name) if name else {}
+        for key in keys:
+            if key not in names:
+                likely = get_close_matches(key.replace("-", "_"), names, n=1)
+                hint = f"; did you mean {likely[0]}?" if likely else ""
+                raise InputError(f"{name} has the key {key}, which no run knows{hint}", argument="--config")
     return args
 
 
@@ -270,7 +299,12 @@ def to_yaml(config: RunConfig) -> str:
 
 
 def differences(saved: dict[str, Any], config: RunConfig) -> list[str]:
-    """Fields that make `config` another run than the saved one, each as `name: saved -> now`."""
+    """Fields that make `config` another run than the saved one, each as `name: saved -> now`.
+
+    A field that the saved one doesn't have, because it was written before there was one, had the default.
+    """
     now = to_dict(config)
+    defaults = {f.name: f.default for f in fields(config) if f.default is not MISSING}
+    saved = json.loads(json.dumps(defaults)) | saved
     names = [n for n in [*now, *(set(saved) - set(now))] if n not in config.FREE_ON_RESUME]
     return [f"{n}: {saved.get(n)} -> {now.get(n)}" for n in names if saved.get(n) != now.get(n)]

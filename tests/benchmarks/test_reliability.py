@@ -18,6 +18,12 @@ def test_b(): ...
 def test_c(): ...
 
 def test_d(): ...
+
+CASES = {"x": (1, 2), "y": (3, 4)}
+
+@pytest.mark.fault("a flood", "a boat")
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_e(case): ...
 """
 
 
@@ -33,6 +39,7 @@ def test_tries_are_parameters_or_told(folder):
     assert [(what, row.outcome, row.tries, row.tests) for what, row in found.items()] == [
         ("a kill", "nothing is lost", 16, 2),
         ("a full disk", "one line", 1, 1),
+        ("a flood", "a boat", 2, 1),
     ]
 
 
@@ -42,12 +49,13 @@ def test_table_with_the_trial_of_record(folder):
     assert table(folder, folder).splitlines()[2:] == [
         "| a kill | nothing is lost | 16 | 9 (8 met), 1 failed; 2026-01-02, commit def |",
         "| a full disk | one line | 1 |  |",
+        "| a flood | a boat | 2 |  |",
     ]
 
 
 def test_what_no_test_shows_is_refused(folder):
-    (folder / "soak.csv").write_text("fault,tries,met,failed,seconds,date,commit\na flood,5,,0,9,2026-01-01,abc\n")
-    with pytest.raises(ValueError, match="a flood"):
+    (folder / "soak.csv").write_text("fault,tries,met,failed,seconds,date,commit\na storm,5,,0,9,2026-01-01,abc\n")
+    with pytest.raises(ValueError, match="a storm"):
         table(folder, folder)
 
 

@@ -102,6 +102,11 @@ def damageable_index(drawn_root, tmp_path):
     return scan_images(tmp_path / "train", workers=1)
 
 
+@pytest.mark.fault(
+    "an image is damaged, missing or replaced by one of another size",
+    "another image takes its place, the same for any ranks, loader and start; named once",
+    tries=6,
+)
 @pytest.mark.parametrize("damage", ["truncated", "missing", "changed"])
 def test_a_damaged_file_costs_its_sample_alone(damageable_index, loader_name, device, damage):
     index, options = damageable_index, {"device": device, "scale": (1, 1), "ratio": (1, 1)}

@@ -49,6 +49,11 @@ def test_an_empty_folder_is_no_class_and_no_split(tmp_path):
     assert choose(tmp_path, "train").folder == tmp_path
 
 
+@pytest.mark.fault(
+    "a class called train, a stray tar: a folder that can be read in two ways",
+    "refused with both readings and --layout",
+    tries=3,
+)
 @pytest.mark.parametrize(
     ("names", "readings", "layouts"),
     [
@@ -106,6 +111,7 @@ def test_two_folders_of_one_split_are_refused(tmp_path, capsys):
     assert scan([str(tmp_path)]) == EXIT_INPUT and "holds train twice" in capsys.readouterr().err
 
 
+@pytest.mark.fault("links from a class folder to itself or above", "left out and named", tries=2)
 def test_links_are_followed_once_and_loops_named(tmp_path, caplog):
     root = write(tmp_path / "set", "c0/1.jpg", "c0/deep/2.jpg", "c1/3.jpg")
     write(tmp_path / "elsewhere", "4.jpg")

@@ -132,7 +132,7 @@ def assert_loaders_agree(index, operations, device="cpu", num_steps=4, **changes
 
 @pytest.fixture(params=["cpu", "gpu"])
 def operations(request, monkeypatch):
-    """Both loaders are there; DALI's graph with the operations that it has on a CPU, or with those of a GPU run on it."""
+    """Both loaders are there; DALI's graph with the operations that it has on a CPU, or with those of a GPU."""
     dali = pytest.importorskip("tinymim_fast.data.dali_loader")
     pytest.importorskip("torchvision")
     if request.param == "gpu":

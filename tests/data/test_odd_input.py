@@ -1,4 +1,4 @@
-"""Files as they come: types, value ranges, pipes, files that change under a run. No start may die by a signal or hang."""
+"""Files as they come: types, value ranges, pipes, files that change under a run. None may kill or hang a start."""
 
 import multiprocessing
 import os
@@ -19,6 +19,7 @@ from tinymim_fast.data.bad_files import BadFiles
 from tinymim_fast.data.pack import main as pack_main
 from tinymim_fast.data.pack import pack
 from tinymim_fast.data.scan import main as scan
+from tinymim_fast.data.scan import names_by_verdict
 
 GREY = np.tile(np.linspace(0, 255, 64), (64, 1))  # mean 127.5 of 255
 PLAIN = {"mean": (0, 0, 0), "std": (1, 1, 1)}
@@ -66,6 +67,11 @@ def write_ranges(folder):
     rgb.save(folder / "plain.ppm")
 
 
+@pytest.mark.fault(
+    "images of floating point, 7 to 16 bits, CMYK, Lab, YCbCr, palettes",
+    "both loaders give the picture that the file says",
+    tries=28,
+)
 def test_the_value_range_is_the_files(tmp_path, loader_name):
     write_ranges(tmp_path / "ranges" / "c")
     index = scan_images(tmp_path / "ranges", workers=1)
@@ -77,20 +83,40 @@ def test_the_value_range_is_the_files(tmp_path, loader_name):
     assert all(abs(mean - 127.2) < 0.8 for mean in means.values()), means
 
 
-def test_values_without_a_range_are_refused(tmp_path):
+@pytest.mark.fault(
+    "images whose range of values no file tells",
+    "told by the scan, replaced in training, refused in evaluation",
+    tries=2,
+)
+def test_values_without_a_range_are_replaced(tmp_path, loader_name):
     (tmp_path / "c").mkdir()
     Image.fromarray((GREY * 300).astype(np.int32)).save(tmp_path / "c" / "int.tif")
     Image.fromarray((GREY - 100).astype(np.float32)).save(tmp_path / "c" / "negative.tif")
     Image.fromarray(np.where(GREY > 100, np.nan, GREY).astype(np.float32)).save(tmp_path / "c" / "nan.tif")
     Image.fromarray(GREY.astype(np.uint8)).save(tmp_path / "c" / "plain.png")
-    damaged = scan_images(tmp_path).damaged
-    assert damaged.keys() == {"c/int.tif", "c/negative.tif", "c/nan.tif"}
-    assert damaged["c/int.tif"].startswith("unsupported: integers of 32 bits")
-    assert damaged["c/negative.tif"] == "unsupported: floating-point values from -100 to 155, want 0 to 1 or 0 to 255"
+    index = scan_images(tmp_path)
+    wanted = {"c/int.tif", "c/nan.tif", "c/negative.tif"}
+    assert set(names_by_verdict(index)["no-range"]) == wanted and index.damaged == {}
+    assert BadFiles(index).by_path.keys() == wanted and BadFiles(index, 0.5).too_many
+    for name in wanted:
+        with pytest.raises(
+            DataError, match=r"floating-point values from|integers of 32 bits, whose range no file tells"
+        ):
+            index.read_image(index.paths.index(name))
+    with train_loader(index, loader_name, batch_size=4, workers=1, **WHOLE) as loader:
+        ((views,),) = loader.batches(0, 1)
+        assert (255 * views.mean(dim=(1, 2, 3)) - 127).abs().max() < 1, "the fourth, four times"
+    with pytest.raises(DataError, match=r"3 images can't be decoded: c/int\.tif"):
+        eval_loader(index, loader_name)
 
 
+@pytest.mark.fault(
+    "an image becomes another type, size, a pipe or a folder after the scan",
+    "found before a decoder sees it, replaced and named; no start dies by a signal",
+    tries=42,
+)
 def test_what_changed_since_the_scan_is_found_before_decoding(noise, loader_name):
-    """Six starts with each kind of changed file among others: DALI's decoders ended four of six by SIGSEGV with some of these."""
+    """Six starts with each kind of changed file: DALI's decoders ended four of six by SIGSEGV with some of these."""
     code = """
         import os, sys
         import numpy as np
@@ -100,7 +126,7 @@ def test_what_changed_since_the_scan_is_found_before_decoding(noise, loader_name
         index = scan_images(sys.argv[1], workers=1)
         file = index.file(24)
         changes = {
-            "integers": lambda: Image.fromarray(np.arange(4800, dtype=np.int32).reshape(60, 80)).save(file, format="TIFF"),
+            "integers": lambda: Image.fromarray(np.ones((60, 80), dtype=np.int32)).save(file, format="TIFF"),
             "larger": lambda: Image.new("RGB", (160, 120)).save(file),
             "smaller": lambda: Image.new("RGB", (8, 6)).save(file),
             "gif": lambda: Image.new("RGB", (80, 60)).save(file, format="GIF"),
@@ -129,16 +155,19 @@ def test_what_changed_since_the_scan_is_found_before_decoding(noise, loader_name
     assert reasons["pipe"] == reasons["folder"] == "no regular file"
 
 
+@pytest.mark.fault("a pipe or a device is called x.jpg", "left out by the scan and named, not waited for", tries=2)
 def test_a_pipe_is_not_waited_for(noise):
     os.mkfifo(noise / "c" / "x.jpg")
     (noise / "c" / "y.jpg").symlink_to("/dev/zero")
-    code, output = run_python(
-        "import sys; from tinymim_fast.data.scan import main; main(sys.argv[1:])", noise, "--workers=1"
-    )
+    command = [sys.executable, "-m", "tinymim_fast.data.scan", str(noise), "--workers=1"]
+    done = subprocess.run(command, text=True, capture_output=True, timeout=60, cwd=ROOT)
+    code, output = done.returncode, done.stdout
+    assert done.stderr == ""
     assert code == 0 and "50 images in 1 classes, 2 left out" in output, output
     assert "c/x.jpg: no regular file" in output and "c/y.jpg: no regular file" in output
 
 
+@pytest.mark.fault("a shard shrinks while it is read", "one line that names it; no SIGBUS", tries=2)
 @pytest.mark.parametrize("loader_name", ["dali", "torchvision"])
 def test_a_shard_that_shrinks_while_it_is_read_is_named(noise, tmp_path, loader_name):
     """A memory map would end the process by SIGBUS."""
@@ -176,6 +205,9 @@ def test_more_pixels_than_allowed_are_damaged(tmp_path):
 HOSTILE = "x\x1b[2J\r\n\x9bevil\u202e.jpg"
 
 
+@pytest.mark.fault(
+    "file names with line breaks and terminal escapes", "shown escaped in logs, lists and errors", tries=1
+)
 def test_names_are_shown_escaped(noise, caplog, capfd):
     (noise / "c" / HOSTILE).write_bytes(b"no picture")
     assert scan([str(noise), "--workers=1"]) == 0
@@ -204,6 +236,9 @@ def pack_names(*names):
     return np.frombuffer(b"".join(name + b"\0" for name in names), dtype=np.uint8)
 
 
+@pytest.mark.fault(
+    "an index with few labels, paths that leave its folder, or pickles", "refused, with what is wrong", tries=8
+)
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -230,6 +265,7 @@ def test_an_index_that_no_scan_writes_is_refused(noise, tmp_path, change, messag
         find_images(tmp_path / "index.npz")
 
 
+@pytest.mark.fault("an index or a shard that claims gigabytes", "refused or left out, not unpacked", tries=1)
 def test_an_index_that_unpacks_to_more_is_not_unpacked(tmp_path):
     path = tmp_path / "index.npz"
     np.savez_compressed(path, format=np.zeros(1 << 26, dtype=np.uint8))
@@ -252,6 +288,9 @@ def test_an_index_of_the_format_before_loads(noise, tmp_path):
     assert len(index) == 48 and index.read_image(0).size == (80, 60)
 
 
+@pytest.mark.fault(
+    "pictures of 1 x 5000 and 600 x 80,000 pixels", "trained on, evaluated and packed without gigabytes", tries=6
+)
 def test_very_long_pictures_cost_little(tmp_path, loader_name):
     """Of 1 x 5000 pixels, all of the resized picture would be a gigabyte."""
     folder = tmp_path / "src" / "c"
@@ -274,6 +313,7 @@ def test_very_long_pictures_cost_little(tmp_path, loader_name):
     assert packed.sizes.tolist() == [[1, 5000], [5000, 1], [600, 80_000]]
 
 
+@pytest.mark.fault("a data worker is killed", "another one makes its batches, bitwise", tries=1)
 def test_a_killed_worker_is_replaced(noise, caplog):
     pytest.importorskip("torchvision")
     with train_loader(scan_images(noise, workers=1), "torchvision") as loader:
@@ -286,6 +326,7 @@ def test_a_killed_worker_is_replaced(noise, caplog):
     assert "a data worker was killed" in caplog.text
 
 
+@pytest.mark.fault("data workers are killed each time", "one line that names --workers", tries=1)
 def test_workers_that_are_killed_each_time_end_the_run_in_one_line(noise, monkeypatch):
     torchvision_loader = pytest.importorskip("tinymim_fast.data.torchvision_loader")
     monkeypatch.setattr(torchvision_loader, "_MAX_DEATHS", 2)

@@ -36,27 +36,89 @@ def write_shard(path, *members):
     return path
 
 
+@pytest.mark.fault(
+    "shards with text labels, broken sidecars, ._ files, masks, links",
+    "pictures with their labels; what is none is left out and counted",
+    tries=12,
+)
 @pytest.mark.parametrize(
     ("members", "paths", "labels", "class_names", "left_out"),
     [
-        ([("a.jpg", JPEG), ("a.cls", b"n01440764"), ("b.jpg", JPEG), ("b.cls", b" cat\n")], "b.jpg a.jpg", [0, 1], ("cat", "n01440764"), {}),
-        ([("a.jpg", JPEG), ("a.cls", b"7"), ("b.jpg", JPEG), ("b.cls", b"cat")], "a.jpg b.jpg", [0, 1], ("7", "cat"), {}),
+        (
+            [("a.jpg", JPEG), ("a.cls", b"n01440764"), ("b.jpg", JPEG), ("b.cls", b" cat\n")],
+            "b.jpg a.jpg",
+            [0, 1],
+            ("cat", "n01440764"),
+            {},
+        ),
+        (
+            [("a.jpg", JPEG), ("a.cls", b"7"), ("b.jpg", JPEG), ("b.cls", b"cat")],
+            "a.jpg b.jpg",
+            [0, 1],
+            ("7", "cat"),
+            {},
+        ),
         ([("a.jpg", JPEG), ("a.json", b"")], "a.jpg", [0], ("data",), {"sidecar without a label": 1}),
-        ([("a.jpg", JPEG), ("a.json", b'{"label":'), ("a.cls", b"2")], "a.jpg", [2], ("0", "1", "2"), {"sidecar without a label": 1}),
+        (
+            [("a.jpg", JPEG), ("a.json", b'{"label":'), ("a.cls", b"2")],
+            "a.jpg",
+            [2],
+            ("0", "1", "2"),
+            {"sidecar without a label": 1},
+        ),
         ([("a.jpg", JPEG), ("a.json", b'{"label": "3"}')], "a.jpg", [3], ("0", "1", "2", "3"), {}),
-        ([("a.jpg", JPEG), ("a.json", b'{"label": {"x": 3}}')], "a.jpg", [0], ("data",), {"sidecar without a label": 1}),
+        (
+            [("a.jpg", JPEG), ("a.json", b'{"label": {"x": 3}}')],
+            "a.jpg",
+            [0],
+            ("data",),
+            {"sidecar without a label": 1},
+        ),
         ([("a.jpg", JPEG), ("a.json", b"[" * 60000)], "a.jpg", [0], ("data",), {"sidecar without a label": 1}),
         ([("a.jpg", JPEG), ("a.cls", b"1" * 70000)], "a.jpg", [0], ("data",), {"sidecar without a label": 1}),
         ([("._a.jpg", b"\0\5\26\7"), ("a.jpg", JPEG), ("a.cls", b"0")], "a.jpg", [0], ("0",), {"._ file": 1}),
-        ([("a.mask.png", picture("L", "PNG")), ("a.jpg", JPEG), ("a.cls", b"0")], "a.jpg", [0], ("0",), {"further picture of a sample": 1}),
         (
-            [("a.jpg", JPEG), ("a.cls", b"0"), ("b.jpg", {"type": tarfile.LNKTYPE, "linkname": "a.jpg"}), ("c.jpg", {"type": tarfile.SYMTYPE, "linkname": "/etc/passwd"})],
-            "a.jpg", [0], ("0",), {"link or special member": 2},
+            [("a.mask.png", picture("L", "PNG")), ("a.jpg", JPEG), ("a.cls", b"0")],
+            "a.jpg",
+            [0],
+            ("0",),
+            {"further picture of a sample": 1},
         ),
-        ([("d", {"type": tarfile.DIRTYPE}), ("d/x.jpg", JPEG), ("e/x.jpg", JPEG)], "d/x.jpg e/x.jpg", [0, 0], ("data",), {}),
+        (
+            [
+                ("a.jpg", JPEG),
+                ("a.cls", b"0"),
+                ("b.jpg", {"type": tarfile.LNKTYPE, "linkname": "a.jpg"}),
+                ("c.jpg", {"type": tarfile.SYMTYPE, "linkname": "/etc/passwd"}),
+            ],
+            "a.jpg",
+            [0],
+            ("0",),
+            {"link or special member": 2},
+        ),
+        (
+            [("d", {"type": tarfile.DIRTYPE}), ("d/x.jpg", JPEG), ("e/x.jpg", JPEG)],
+            "d/x.jpg e/x.jpg",
+            [0, 0],
+            ("data",),
+            {},
+        ),
     ],
-    ids=["names", "mixed", "empty_json", "broken_json", "text_in_json", "odd_json", "deep_json", "long_cls", "macos", "mask", "links", "folders"],
-)  # fmt: skip
+    ids=[
+        "names",
+        "mixed",
+        "empty_json",
+        "broken_json",
+        "text_in_json",
+        "odd_json",
+        "deep_json",
+        "long_cls",
+        "macos",
+        "mask",
+        "links",
+        "folders",
+    ],
+)
 def test_what_is_a_picture_of_the_set(tmp_path, caplog, members, paths, labels, class_names, left_out):
     path = write_shard(tmp_path / "data" / "0.tar", *members)
     assert dict(read_shard(str(path)).left_out) == left_out
@@ -67,6 +129,9 @@ def test_what_is_a_picture_of_the_set(tmp_path, caplog, members, paths, labels, 
         assert f"{count} x {kind}" in caplog.text
 
 
+@pytest.mark.fault(
+    "shards with ids for labels, a name twice, no pictures", "refused, with the member that is wrong", tries=5
+)
 @pytest.mark.parametrize(
     ("members", "message"),
     [
@@ -100,6 +165,7 @@ def test_names_that_come_in_two_shards_are_told_apart(tmp_path):
     assert [len(index.encoded(i)) for i in range(4)] == [len(JPEG), len(JPEG), len(picture("L")), len(picture("L"))]
 
 
+@pytest.mark.fault("an index or a shard that claims gigabytes", "refused or left out, not unpacked", tries=1)
 def test_a_sparse_member_is_not_unpacked(tmp_path):
     """An 18 KB archive may claim 10 GiB."""
     path = tmp_path / "data" / "0.tar"

@@ -4,6 +4,7 @@ import os
 import stat
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -14,43 +15,34 @@ from tinymim_fast.kernels import cpu, relation_kl
 
 ROOT = Path(__file__).parent.parent.parent
 pytestmark = pytest.mark.skipif(not cpu.takes(torch.empty(0)), reason="no C++ compiler")
-# In a process of its own: whether the loops are there, the largest error against the reference in fp64, warnings.
-CHECK = """
-import warnings, torch
-from support.relations import inputs, loss_and_grads
-from tinymim_fast.kernels import cpu, relation_kl
-with warnings.catch_warnings(record=True) as caught:
-    warnings.simplefilter("always")
-    errors = []
-    for shape in [(2, 3, 197, 16, 32), (1, 2, 5, 3, 7), (1, 2, 33, 130, 24), (2, 2, 1, 1, 1)]:
-        for dtype in (torch.float32, torch.float64):
-            tensors = inputs(shape, dtype)
-            ours = loss_and_grads(relation_kl, *tensors, backend="chunked", reduction="sum")
-            exact = loss_and_grads(relation_kl, *(z.double() for z in tensors), backend="reference", reduction="sum")
-            scale = max(z.abs().max() for z in exact) * torch.finfo(dtype).eps
-            errors += [((a - b).abs().max() / scale).item() for a, b in zip(ours, exact)]
-print(cpu.takes(torch.empty(0)), max(errors) < 200)
-print(*(str(w.message).replace(chr(10), " ") for w in caught if issubclass(w.category, RuntimeWarning)), sep=chr(10))
-"""
+SHAPES = [(2, 3, 197, 16, 32), (1, 2, 5, 3, 7), (1, 2, 33, 130, 24), (2, 2, 1, 1, 1)]
 
 
-def start(tmp_path, **env):
-    paths = [str(ROOT), str(ROOT / "tests")]
-    env = {
-        "XDG_CACHE_HOME": str(tmp_path / "cache"),
-        "OMP_NUM_THREADS": "2",
-        **env,
-        "PYTHONPATH": os.pathsep.join(paths),
-    }
-    kept = {name: value for name, value in os.environ.items() if name not in ("CXX", cpu.SWITCH)}
-    return subprocess.Popen([sys.executable, "-c", CHECK], env=kept | env, stdout=subprocess.PIPE, text=True)
+@pytest.fixture
+def forgotten(tmp_path, monkeypatch):
+    """No library is loaded yet, the cache is empty, and what a test loads is not kept for others."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.delenv(cpu.SWITCH, raising=False)
+    cpu._library.cache_clear()
+    yield
+    cpu._library.cache_clear()
 
 
-def check(tmp_path, **env):
-    """Whether the loops are there, whether the results are right, and the warnings."""
-    output, _ = start(tmp_path, **env).communicate(timeout=300)
-    first, *warned = output.splitlines()
-    return first, [line for line in warned if line]
+def check(shapes=SHAPES):
+    """Whether the loops are there, once the results are right with or without them; and the warnings."""
+    cpu._library.cache_clear()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for shape in shapes:
+            for dtype in (torch.float32, torch.float64):
+                tensors = inputs(shape, dtype)
+                ours = loss_and_grads(relation_kl, *tensors, backend="chunked", reduction="sum")
+                double = [z.double() for z in tensors]
+                exact = loss_and_grads(relation_kl, *double, backend="reference", reduction="sum")
+                allowed = 200 * torch.finfo(dtype).eps * max(z.abs().max() for z in exact)
+                assert all((a - b).abs().max() <= allowed for a, b in zip(ours, exact))
+    return cpu.takes(torch.empty(0)), [str(w.message) for w in caught if w.category is RuntimeWarning]
 
 
 def compiler(path, script):
@@ -59,28 +51,36 @@ def compiler(path, script):
     return str(path)
 
 
-def test_compiled_once_and_found_again(tmp_path):
-    counting = compiler(tmp_path / "counting", f'echo "$@" >> {tmp_path}/calls; exec g++ "$@"')
-    assert check(tmp_path, CXX=counting) == ("True True", [])
+@pytest.mark.usefixtures("forgotten")
+def test_compiled_once_and_found_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", compiler(tmp_path / "counting", f'echo "$@" >> {tmp_path}/calls; exec g++ "$@"'))
+    assert check() == (True, [])
     (library,) = (tmp_path / "cache" / "tinymim_fast").iterdir()
     made = library.stat().st_mtime_ns
-    assert check(tmp_path, CXX=counting) == ("True True", [])
+    assert check() == (True, [])
     assert library.stat().st_mtime_ns == made
     calls = (tmp_path / "calls").read_text().splitlines()
     assert sum("-c" in call.split() for call in calls) == 1 and calls.count("--version") == 2
 
 
+@pytest.mark.usefixtures("forgotten")
 def test_processes_that_compile_at_once(tmp_path):
-    running = [start(tmp_path) for _ in range(3)]
-    assert [process.communicate(timeout=300)[0].split() for process in running] == [["True", "True"]] * 3
+    code = "import torch; from tinymim_fast.kernels import cpu; print(cpu.takes(torch.empty(0)))"
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-W", "error", "-c", code]
+    running = [subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    assert [process.communicate(timeout=300)[0] for process in running] == ["True\n"] * 3
     assert len(list((tmp_path / "cache" / "tinymim_fast").iterdir())) == 1
 
 
+@pytest.mark.usefixtures("forgotten")
 @pytest.mark.parametrize("flags", ["-mno-avx512f", "-mno-avx"], ids=["AVX2", "SSE"])
-def test_right_for_every_vector_unit(tmp_path, flags):
-    assert check(tmp_path, CXX=f"g++ {flags}") == ("True True", [])
+def test_right_for_every_vector_unit(monkeypatch, flags):
+    monkeypatch.setenv("CXX", f"g++ {flags}")
+    assert check() == (True, [])
 
 
+@pytest.mark.usefixtures("forgotten")
 @pytest.mark.parametrize(
     ("script", "message"),
     [
@@ -94,31 +94,35 @@ def test_right_for_every_vector_unit(tmp_path, flags):
 )  # fmt: skip
 def test_a_broken_compiler_is_one_warning(tmp_path, monkeypatch, script, message):
     monkeypatch.chdir(tmp_path)
-    right, warned = check(tmp_path, CXX=compiler(tmp_path / "broken", script))
-    assert right == "False True"
-    (line,) = warned
-    assert not (tmp_path / "cache").exists(), "what is wrong is not kept"
-    assert message in line and f"{cpu.SWITCH}=0" in line and "broken" in line
+    monkeypatch.setenv("CXX", compiler(tmp_path / "broken", script))
+    available, (warning,) = check()
+    assert not available and not (tmp_path / "cache").exists(), "what is wrong is not kept"
+    assert message in warning and f"{cpu.SWITCH}=0" in warning and "broken" in warning
 
 
-def test_without_a_compiler_nothing_is_said(tmp_path):
-    assert check(tmp_path, PATH=str(tmp_path)) == ("False True", [])
-    assert check(tmp_path, **{cpu.SWITCH: "0"}) == ("False True", [])
+@pytest.mark.usefixtures("forgotten")
+@pytest.mark.parametrize(("name", "value"), [("PATH", "/nowhere"), (cpu.SWITCH, "0")])
+def test_without_a_compiler_nothing_is_said(tmp_path, monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    assert check() == (False, [])
     assert not (tmp_path / "cache").exists()
 
 
+@pytest.mark.usefixtures("forgotten")
 def test_a_cache_that_cannot_be_written(tmp_path):
     (tmp_path / "cache").write_text("a file")
-    assert check(tmp_path) == ("True True", [])
+    assert check() == (True, [])
 
 
+@pytest.mark.usefixtures("forgotten")
 def test_a_damaged_cache_is_made_anew(tmp_path):
-    assert check(tmp_path) == ("True True", [])
+    assert check() == (True, [])
     (library,) = (tmp_path / "cache" / "tinymim_fast").iterdir()
-    whole = library.stat().st_size
+    whole = library.read_bytes()
+    library.unlink()  # the one that is loaded stays what it is
     library.write_bytes(b"half a file")
-    assert check(tmp_path) == ("True True", [])
-    assert library.stat().st_size == whole
+    assert check() == (True, [])
+    assert library.stat().st_size == len(whole)
 
 
 def test_threads_change_nothing():

@@ -23,11 +23,22 @@ def test_a_relative_link_leads_to_the_kernels():
     assert Path(done.stdout.strip()).resolve() == ROOT / "kernels" / "tiles.py"
 
 
-@pytest.mark.parametrize("code", ["import kernels", "import kernels.tiles", "import tinymim_fast, kernels"])
-def test_the_folder_itself_is_refused(code):
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("from kernels import relation_kl", "ImportError: kernels: got the folder itself, want `tinymim_fast.kernels`"),
+        ("import kernels; kernels.RelationLoss", "ImportError: kernels: got the folder itself"),
+        ("import tinymim_fast, kernels.tiles", "ModuleNotFoundError: No module named 'kernels.tiles'"),
+    ],
+)
+def test_nothing_can_be_taken_from_the_folder_itself(code, message):
     """A second copy would register the ops twice, and its classes would not be the first one's."""
     done = run(code)
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith(
-        "ImportError: kernels: got the folder itself, want `import tinymim_fast"
-    )
+    assert done.stderr.splitlines()[-1].startswith(message)
+
+
+def test_who_looks_for_another_package_of_that_name_is_not_stopped():
+    """As transformers does for its own `kernels`."""
+    done = run("import kernels; print(getattr(kernels, '__version__', 'N/A'))")
+    assert done.stdout.strip() == "N/A", done.stderr

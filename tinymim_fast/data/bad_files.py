@@ -8,9 +8,12 @@ import numpy as np
 
 from tinymim_fast.data.draws import draw_replacements
 from tinymim_fast.data.errors import DataError, ImageError, name_some
+from tinymim_fast.data.headers import Verdict
 from tinymim_fast.data.index import ImageIndex
 
 _REPLACEMENTS = 16  # of one sample to try; all fail where something else than a few files is broken
+
+_NO_RANGE = "values without a known range: integers of 32 bits, or floating point beyond 0 to 255"
 
 
 class BadFiles:
@@ -23,12 +26,14 @@ class BadFiles:
         max_share: largest share of them, those left out by the scan included, that may be bad; of 1.
 
     Attributes:
-        reasons: sample id -> why it can't be decoded; what was found since the scan.
+        reasons: sample id -> why it can't be decoded: values without a range by the scan, and what was found since.
     """
 
     def __init__(self, index: ImageIndex, max_share: float = 1.0):
         self.index, self.max_share = index, max_share
         self.reasons: dict[int, str] = {}
+        if index.verdicts is not None:
+            self.update(dict.fromkeys(np.flatnonzero(index.verdicts & Verdict.NO_RANGE).tolist(), _NO_RANGE))
 
     def add(self, sample_id: int, reason: str) -> None:
         """A loader found this one."""
@@ -62,8 +67,8 @@ class BadFiles:
         bad = self.by_path
         files = name_some(f"{path} ({reason})" for path, reason in bad.items())
         return DataError(
-            f"got {self.max_share:g}, and {len(bad)} of {self.index.num_listed} images in {self.index.root} can't be decoded "
-            f"({len(bad) / self.index.num_listed:.2g} of all): {files}. Repair them, or allow more",
+            f"got {self.max_share:g}, and {len(bad)} of {self.index.num_listed} images in {self.index.root} can't be "
+            f"decoded ({len(bad) / self.index.num_listed:.2g} of all): {files}. Repair them, or allow more",
             argument="max_bad_files",
         )
 
@@ -94,6 +99,6 @@ class BadFiles:
             if other not in self.reasons:
                 return other
         raise DataError(
-            f"got {self.index.file(draws[-1])}, which can't be decoded ({self.reasons[draws[-1]]}), like {len(self.reasons)} "
-            f"more images of {self.index.root}; are they still there?"
+            f"got {self.index.file(draws[-1])}, which can't be decoded ({self.reasons[draws[-1]]}), like "
+            f"{len(self.reasons)} more images of {self.index.root}; are they still there?"
         )

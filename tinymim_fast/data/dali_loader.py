@@ -1,8 +1,8 @@
 """The fast loader: NVIDIA DALI applies the parameters of a plan, on the GPU or, without one, on the CPU.
 
-One graph serves both, but for two operations that PyTorch and PIL do faster on a CPU. Files are read (dali_source.py) and
-decoded once for both views, and only the crop is decoded. Sizes, anchors and jitter come from the plan, so the views agree
-with PIL and torchvision up to rounding.
+One graph serves both, but for two operations that PyTorch and PIL do faster on a CPU. Files are read (dali_source.py)
+and decoded once for both views, and only the crop is decoded. Sizes, anchors and jitter come from the plan, so the
+views agree with PIL and torchvision up to rounding.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def batches(
             try:
                 while failure is None and done < len(numbers):
                     try:
-                        # outputs on the consumer's stream: a buffer is freed in its order, after the kernels that read it
+                        # outputs on the consumer's stream: a buffer is freed after the kernels that read it
                         outputs = pipeline.run(torch.cuda.current_stream(device) if is_gpu else None)
                     except RuntimeError as error:
                         failure = error
@@ -117,7 +117,8 @@ def _single_out(source: DaliSource, number: int, build: Callable[..., Pipeline],
         for i in _failing_alone(source, number, build):
             file, cause = plan.index.file(read_ids[i]), _cause(failure)
             damage[read_ids[i]] = ImageError(
-                f"got {file}, which PIL can decode and DALI can't: {cause}; convert it, or choose the loader torchvision",
+                f"got {file}, which PIL can decode and DALI can't: {cause}; convert it, or choose the loader "
+                f"torchvision",
                 f"DALI: {cause}",
             )
     if not damage:
@@ -168,7 +169,7 @@ def _inputs(source: Iterable, num_parameters: int):
 
 
 def _decode_crop(encoded, size, start, shape, decoder: dict):
-    """The crop of a picture that is as large as `size` says; another one fails here, before a decoder sees the batch."""
+    """The crop of a picture that is as large as `size` says; another one fails before a decoder sees the batch."""
     stored = fn.slice(fn.peek_image_shape(encoded, dtype=types.INT32, adjust_orientation=False), [0], [2], axes=[0])
     is_changed = fn.reshape(fn.reductions.max(fn.cast(stored != size, dtype=types.INT32)), shape=[1])
     start = start + fn.slice(types.Constant(np.zeros(1, dtype=np.int32)), start=is_changed, shape=[1], axes=[0])
@@ -186,7 +187,7 @@ def _on_cpu(function: Callable, threads: ThreadPoolExecutor, image, parameter):
 
 
 def _resize(image, size, threads: ThreadPoolExecutor | None):
-    """Cubic and antialiased, to (height, width); DALI's own costs 1.9 ms of CPU time an image more (benchmarks/NOTES.md)."""
+    """Cubic and antialiased, to (height, width); DALI's own costs 1.9 ms of CPU time an image more (NOTES.md)."""
     if threads is None:
         return fn.resize(image, size=size, interp_type=types.INTERP_CUBIC, antialias=True)
     return _on_cpu(_resize_on_cpu, threads, image, size)

@@ -1,7 +1,8 @@
 """What DALI is fed: the stored bytes of each batch, read ahead and checked, and the parameters of its views.
 
-DALI 2.4's decoders end the process on pixel types that they don't take and on crops beyond the picture, so bytes that they may
-not take are decoded by PIL and handed on as an uncompressed picture; the graph compares sizes before it decodes.
+DALI 2.4's decoders end the process on pixel types that they don't take and on crops beyond the picture, so bytes that
+they may not take are decoded by PIL and handed on as an uncompressed picture; the graph compares sizes before it
+decodes.
 """
 
 from __future__ import annotations
@@ -95,7 +96,7 @@ def _read(index: ImageIndex, sample_ids: list[int]) -> list[np.ndarray | ImageEr
 
 
 def _is_for_dali(index: ImageIndex, sample_id: int, encoded: np.ndarray) -> bool:
-    """Whether these are bytes of a type that DALI decodes as PIL does: RGB and grey JPEG, RGB and grey PNG of 8 bits, still WebP."""
+    """Whether DALI decodes these bytes as PIL does: RGB and grey JPEG, RGB and grey PNG of 8 bits, still WebP."""
     if index.verdicts is not None and index.verdicts[sample_id] & (Verdict.CMYK | Verdict.SIXTEEN_BIT):
         return False
     head = encoded[:32].tobytes()

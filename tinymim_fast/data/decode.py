@@ -1,4 +1,4 @@
-"""Decoding to RGB of 8 bits with PIL: what every loader's pictures are held against, and what DALI can't take goes through."""
+"""Decoding to RGB of 8 bits with PIL: for the torchvision loader, and for what DALI can't take."""
 
 from __future__ import annotations
 
@@ -23,6 +23,10 @@ FORMATS = (
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # the limit is ours
 
 
+class RangeError(ValueError):
+    """Values of which no file tells what is black and what is white."""
+
+
 def decode_rgb(file: str | BinaryIO, name: str, size: tuple[int, int] | None = None) -> Image.Image:
     """Decode an image to RGB of 8 bits.
 
@@ -39,8 +43,8 @@ def decode_rgb(file: str | BinaryIO, name: str, size: tuple[int, int] | None = N
             if size is not None and (image.height, image.width) != size:
                 found = f"{image.height} x {image.width} pixels"
                 raise ImageError(
-                    f"got {name} of {found}, want the indexed {size[0]} x {size[1]}; it changed since it was scanned: scan "
-                    "again",
+                    f"got {name} of {found}, want the indexed {size[0]} x {size[1]}; it changed since it was scanned: "
+                    "scan again",
                     f"{found}, not the indexed {size[0]} x {size[1]}",
                 )
             return to_rgb(image)
@@ -54,11 +58,11 @@ def decode_rgb(file: str | BinaryIO, name: str, size: tuple[int, int] | None = N
 def to_rgb(image: Image.Image) -> Image.Image:
     """An opened image as RGB of 8 bits, its values scaled by the range that the file gives them.
 
-    8 bits: as they are. 16 bits: of 65,535. Netpbm: of the file's own maximum. Floating point: of 1 where none is larger, else
-    of 255. CMYK, Lab, YCbCr, palettes: PIL's conversion. Alpha is dropped.
+    8 bits: as they are. 16 bits: of 65,535. Netpbm: of the file's own maximum. Floating point: of 1 where none is
+    larger, else of 255. CMYK, Lab, YCbCr, palettes: PIL's conversion. Alpha is dropped.
 
     Raises:
-        ValueError: values without a known range: integers of 32 bits, floating point beyond 0 to 255.
+        RangeError: integers of 32 bits, floating point beyond 0 to 255.
     """
     if image.mode != "F" and not image.mode.startswith("I"):
         return image.convert("RGB")
@@ -66,10 +70,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F":
         low, high = float(values.min()), float(values.max())
         if not 0 <= low <= high <= 255:  # also NaN
-            raise ValueError(f"floating-point values from {low:g} to {high:g}, want 0 to 1 or 0 to 255")
+            raise RangeError(f"floating-point values from {low:g} to {high:g}, want 0 to 1 or 0 to 255")
         top = 1 if high <= 1 else 255
     elif image.mode == "I" and image.format not in ("PPM", "PNG"):  # there, PIL has scaled to 16 bits
-        raise ValueError("integers of 32 bits, whose range no file tells; store 8 or 16 bits")
+        raise RangeError("integers of 32 bits, whose range no file tells; store 8 or 16 bits")
     else:
         top = 65535
     return Image.fromarray(np.rint(values / (top / 255)).clip(0, 255).astype(np.uint8)).convert("RGB")

@@ -144,8 +144,8 @@ def draw_image_folder(
 ) -> Path:
     """Draw root/train/<class>/*.jpg and root/val/<class>/*.jpg, the same pictures for the same arguments.
 
-    The folder is drawn under a temporary name beside `root` and renamed when complete. A folder drawn earlier is kept if its
-    arguments were the same, and replaced if not.
+    The folder is drawn under a temporary name beside `root` and renamed when complete. A folder drawn earlier is kept
+    if its arguments were the same, and replaced if not.
 
     Args:
         root: folder to make; its parents are made too.

@@ -8,7 +8,7 @@ from typing import BinaryIO, NamedTuple
 
 from PIL import Image, UnidentifiedImageError
 
-from tinymim_fast.data.decode import FORMATS, MAX_IMAGE_PIXELS, one_line, to_rgb
+from tinymim_fast.data.decode import FORMATS, MAX_IMAGE_PIXELS, RangeError, one_line, to_rgb
 from tinymim_fast.data.stored import open_regular
 
 _FORMATS = {
@@ -27,7 +27,7 @@ _PNG_END = b"IEND\xaeB`\x82"
 
 
 class Verdict(IntFlag):
-    """What is wrong or odd about a file; 0 for nothing. Files of DAMAGED are left out, the others are trained on."""
+    """What is wrong or odd about a file; 0 for nothing. Files of DAMAGED are left out, those of NO_RANGE replaced."""
 
     UNREADABLE = 1  # the system gives no bytes
     EMPTY = 2
@@ -38,8 +38,9 @@ class Verdict(IntFlag):
     GREYSCALE = 64
     SIXTEEN_BIT = 128
     MISNAMED = 256  # such as a PNG called .JPEG
-    UNSUPPORTED = 512  # a format of none of IMG_EXTENSIONS, or values without a known range
+    UNSUPPORTED = 512  # a format of none of IMG_EXTENSIONS
     UNLABELLED = 1024  # in shards where others have a label
+    NO_RANGE = 2048  # integers of 32 bits, floating point beyond 0 to 255: no loader takes them, another image does
     DAMAGED = UNREADABLE | EMPTY | NON_IMAGE | TRUNCATED | HUGE | UNSUPPORTED | UNLABELLED
 
     @property
@@ -70,9 +71,9 @@ def inspect_path(path: str, max_pixels: int = MAX_IMAGE_PIXELS) -> Header:
 def inspect(file: BinaryIO, name: str, max_pixels: int = MAX_IMAGE_PIXELS) -> Header:
     """Read the header and the last bytes of an image file.
 
-    A JPEG or PNG that does not end with its end-of-image marker, each TIFF, and each image of floating point is decoded:
-    TRUNCATED where PIL says so, UNSUPPORTED where its values have no known range. Truncation of other formats, and damage
-    between the first and the last bytes, are not seen here.
+    A JPEG or PNG that does not end with its end-of-image marker, each TIFF, and each image of floating point is
+    decoded: TRUNCATED where PIL says so, NO_RANGE where its values have none that is known. Truncation of other
+    formats, and damage between the first and the last bytes, are not seen here.
 
     Args:
         file: opened, seekable.
@@ -82,7 +83,7 @@ def inspect(file: BinaryIO, name: str, max_pixels: int = MAX_IMAGE_PIXELS) -> He
     num_bytes = file.seek(0, os.SEEK_END)
     if num_bytes == 0:
         return damaged(Verdict.EMPTY)
-    if num_bytes > 16 * max_pixels:  # 8 bytes a pixel are the most that is common
+    if num_bytes > max(16 * max_pixels, 1 << 26):  # 8 bytes a pixel are the most that is common
         return damaged(Verdict.HUGE, f"{num_bytes:,} bytes")
     file.seek(0)
     try:
@@ -102,6 +103,7 @@ def inspect(file: BinaryIO, name: str, max_pixels: int = MAX_IMAGE_PIXELS) -> He
         return damaged(Verdict.UNSUPPORTED, format)
     end = {"JPEG": b"\xff\xd9", "PNG": _PNG_END}.get(format, b"")
     file.seek(-len(end), os.SEEK_END)
+    verdict = Verdict(0)
     # the end is missing, or something follows it; a TIFF has none
     if file.read() != end or format == "TIFF" or mode == "F":
         try:
@@ -112,11 +114,10 @@ def inspect(file: BinaryIO, name: str, max_pixels: int = MAX_IMAGE_PIXELS) -> He
             with Image.open(file) as image:
                 image.load()
                 to_rgb(image)
-        except ValueError as error:
-            return damaged(Verdict.UNSUPPORTED, one_line(error))
+        except RangeError:
+            verdict |= Verdict.NO_RANGE
         except Exception as error:
             return damaged(Verdict.TRUNCATED, one_line(error))
-    verdict = Verdict(0)
     if is_deep:
         verdict |= Verdict.SIXTEEN_BIT
     if mode == "CMYK":

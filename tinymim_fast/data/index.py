@@ -207,7 +207,8 @@ def load_index(path: str | Path, split: str | None = None, *, home: Path | None 
         raise
     except Exception as error:  # a foreign file may raise anything
         raise DataError(
-            f"got {path}, want an image index written by python -m tinymim_fast.data.scan: {error or type(error).__name__}"
+            f"got {path}, want an image index written by python -m tinymim_fast.data.scan: "
+            f"{error or type(error).__name__}"
         ) from error
 
 
@@ -215,7 +216,8 @@ def _check(index: ImageIndex) -> None:
     """What a loader relies on.
 
     Raises:
-        ValueError: an array of another length or kind, a position or a label that nothing has, a path that leaves the data set.
+        ValueError: an array of another length or kind, a position or a label that nothing has, a path that leaves the
+            data set.
     """
     n = len(index)
     shapes = {"labels": (n,), "sizes": (n, 2), "num_bytes": (n,), "verdicts": (n,), "spans": (n, 2)}
@@ -265,8 +267,8 @@ def check_stamps(index: ImageIndex, file: Path) -> list[str]:
     changed = [name for name, stamp in index.stamps.items() if stamp_of(index.root / name) != stamp]
     if changed and index.shards:
         raise DataError(
-            f"got shards in {index.root} that are missing, truncated or changed since the scan: {name_some(changed)}; copy "
-            "or pack them again, or scan again"
+            f"got shards in {index.root} that are missing, truncated or changed since the scan: {name_some(changed)}; "
+            "copy or pack them again, or scan again"
         )
     return changed
 

@@ -19,8 +19,8 @@ log = logging.getLogger(__name__)
 Layout = Literal["auto", "splits", "classes", "shards"]
 LAYOUTS = ("auto", "splits", "classes", "shards")
 _WANT = (
-    f"want DIR/<class>/*.jpg, DIR/train/<class>/*.jpg, images directly in DIR (any of {' '.join(IMG_EXTENSIONS)}), or shards "
-    "DIR/*.tar"
+    f"want DIR/<class>/*.jpg, DIR/train/<class>/*.jpg, images directly in DIR (any of {' '.join(IMG_EXTENSIONS)}), or "
+    "shards DIR/*.tar"
 )
 _SPLIT_WORDS = {
     "train": "train",
@@ -65,8 +65,8 @@ def places(root: Path, layout: Layout = "auto") -> list[Place]:
 
     Args:
         root: folder of the data set.
-        layout: "splits": the subfolders of `root` are splits. "classes": they are classes of one split. "shards": the tar
-            files count, and nothing else. "auto": what the listing says.
+        layout: "splits": the subfolders of `root` are splits. "classes": they are classes of one split. "shards": the
+            tar files count, and nothing else. "auto": what the listing says.
 
     Raises:
         DataError: no such folder, nothing in it, or it can be read in two ways; names both and `layout`.
@@ -104,8 +104,8 @@ def choose(root: Path, split: str, layout: Layout = "auto") -> Place:
 
     Args:
         root: folder of the data set, or of the split itself.
-        split: "train" also takes a data set without splits; any other must be there, by one of its names or as a folder called
-            so.
+        split: "train" also takes a data set without splits; any other must be there, by one of its names or as a
+            folder called so.
         layout: see `places`.
 
     Raises:
@@ -134,14 +134,15 @@ def _decide(found: _Listing, named: list[str], others: list[str]) -> Layout:
     images = [*found.folders, *found.images]
     if found.tars and images:
         raise DataError(
-            f"got {found.folder}, which can be read as shards ({name_some((p.name for p in found.tars), 3)}) or as images "
-            f"({name_some(images, 3)}); say shards, or {'splits' if named else 'classes'}, or move one of them away",
+            f"got {found.folder}, which can be read as shards ({name_some((p.name for p in found.tars), 3)}) or as "
+            f"images ({name_some(images, 3)}); say shards, or {'splits' if named else 'classes'}, or move one of them "
+            "away",
             argument="layout",
         )
     if named and others:
         raise DataError(
-            f"got {found.folder}, which can be read as splits ({', '.join(named)}, leaving out {name_some(others, 3)}) or as "
-            f"{len(found.folders)} classes (of which {', '.join(named)}); say splits or classes",
+            f"got {found.folder}, which can be read as splits ({', '.join(named)}, leaving out {name_some(others, 3)}) "
+            f"or as {len(found.folders)} classes (of which {', '.join(named)}); say splits or classes",
             argument="layout",
         )
     if found.tars:
@@ -201,8 +202,8 @@ def _list(folder: Path) -> _Listing:
 def list_classes(root: Path) -> tuple[tuple[str, ...], list[str], list[int]]:
     """The images of one split's folder, `root/<class>/**/*.jpg`, or those directly in it where no class folder has any.
 
-    Symbolic links are followed; a folder that is met again inside its own class, or that holds its own class, is named and left
-    out. Classes are torchvision's: sorted folders, hidden ones left out, empty ones kept.
+    Symbolic links are followed; a folder that is met again inside its own class, or that holds its own class, is named
+    and left out. Classes are torchvision's: sorted folders, hidden ones left out, empty ones kept.
 
     Returns:
         Class names, image paths relative to `root` (sorted within each class) and their labels.

@@ -57,7 +57,8 @@ class TrainLoader(_Loader):
 
     Attributes:
         plan: the batches, a `TrainPlan`.
-        bad_files: the ledger that files which can't be decoded are written into as they are met; others take their place.
+        bad_files: the ledger that files which can't be decoded are written into as they are met; others take their
+            place.
     """
 
     plan: TrainPlan
@@ -120,8 +121,8 @@ def build_loader(
 ) -> TrainLoader:
     """Build the training loader of one rank.
 
-    The global batch of step k is the k-th block of the epoch's order. Its samples, crops and jitter depend on (seed, epoch,
-    sample) alone: not on the loader, the ranks, the workers or where a run was resumed.
+    The global batch of step k is the k-th block of the epoch's order. Its samples, crops and jitter depend on (seed,
+    epoch, sample) alone: not on the loader, the ranks, the workers or where a run was resumed.
 
     Args:
         index: the images.
@@ -134,8 +135,9 @@ def build_loader(
         workers: decoding threads (DALI, at least one) or processes (torchvision, 0 for none).
         prefetch: batches made ahead, in all (DALI) or by each worker (torchvision).
         bad_files: a ledger of `index` that says what can't be decoded already; by default an empty one.
-        dali_kwargs: any of DALI's `hw_decoder_load`, 0 to 1, `device_memory_padding` and `host_memory_padding`, bytes (all of
-            its decoder, on a GPU), and `prefetch_queue_depth`, which overrides `prefetch`; other loaders take no notice.
+        dali_kwargs: any of DALI's `hw_decoder_load`, 0 to 1, `device_memory_padding` and `host_memory_padding`, bytes
+            (all of its decoder, on a GPU), and `prefetch_queue_depth`, which overrides `prefetch`; other loaders take
+            no notice.
 
     Raises:
         DataError: an epoch would have no step, a bad setting, or the named loader is not installed.
@@ -156,7 +158,7 @@ def build_eval_loader(
     device: torch.device | str = "cpu",
     workers: int = 8,
 ) -> EvalLoader:
-    """Build the evaluation loader of one rank: every image exactly once over all ranks, in index order, without padding.
+    """Build the evaluation loader of one rank: each image once over all ranks, in index order, without padding.
 
     Args:
         index: the images, none of them damaged.

@@ -1,4 +1,4 @@
-"""Pack an image folder into tar shards in webdataset's layout, for training with random access and for anybody's streaming.
+"""Pack an image folder into tar shards in webdataset's layout, for random access here and streaming anywhere.
 
 python -m tinymim_fast.data.pack SRC DST     (SRC/train/<class>/*.jpg or SRC/<class>/*.jpg; also val)
 """
@@ -38,10 +38,10 @@ MANIFEST = "manifest.json"
 _JPEG_SIDE = 65_500  # the longest side that libjpeg writes
 _OPTIONS = ("short_side", "quality", "max_count", "shard_size", "workers")
 _EPILOG = """\
-Shards are DST/train-000000.tar and so on, with <key>.jpg and <key>.cls for each image; keys are the paths in SRC, "." as
-%2E. Their images are shuffled, once, so that they can be streamed too. DST/manifest.json holds class names, and count and
-SHA-256 of each shard; DST/index.npz where each image lies. --data-path DST trains in the order of SRC, and with its crops
-where nothing was resized.
+Shards are DST/train-000000.tar and so on, with <key>.jpg and <key>.cls for each image; keys are the paths in SRC, "."
+as %2E. Their images are shuffled, once, so that they can be streamed too. DST/manifest.json holds class names, and
+count and SHA-256 of each shard; DST/index.npz where each image lies. --data-path DST trains in the order of SRC, and
+with its crops where nothing was resized.
 
 A pack that was cut off goes on with the same command. Damaged images are left out and named. With --short-side, larger
 images are resized as for evaluation (bicubic, antialiased) and stored as RGB JPEG without EXIF; others are copied byte
@@ -83,8 +83,8 @@ def pack(
         workers: processes.
 
     Raises:
-        DataError: no images, a `src` that can be read in two ways, a damaged one that no header shows, an option out of range, or a `dst` that holds something else
-            or can't be written.
+        DataError: no images, a `src` that can be read in two ways, a damaged one that no header shows, an option out
+            of range, or a `dst` that holds something else or can't be written.
     """
     for name, value in zip(_OPTIONS, (short_side, quality, max_count, shard_size, workers), strict=True):
         if value is not None and not 0 < value <= (95 if name == "quality" else value):
@@ -135,14 +135,14 @@ def verify(dst: Path, *, workers: int = 8) -> None:
     broken = [name for (name, entry), checksum in zip(shards.items(), found) if checksum != entry["sha256"]]
     if broken:
         raise DataError(
-            f"got shards in {dst} that are missing or not what was packed: {', '.join(broken)}; remove them and {INDEX_FILE}, "
-            "and pack again"
+            f"got shards in {dst} that are missing or not what was packed: {', '.join(broken)}; remove them and "
+            f"{INDEX_FILE}, and pack again"
         )
     print(f"{len(shards):,} shards, {sum(entry['num_images'] for entry in shards.values()):,} images: all as packed")
 
 
 def _with_common_classes(sources: dict[str, ImageIndex]) -> dict[str, ImageIndex]:
-    """The same labels in every split: positions in the training set's classes, behind which come those of other splits alone."""
+    """The same labels in every split: positions in the training set's classes, then those of other splits."""
     class_names = list(sources["train"].class_names) if "train" in sources else []
     for split, index in sources.items():
         own = [name for name in index.class_names if name not in class_names] if index.is_labelled else []
@@ -206,8 +206,11 @@ def _is_large(index: ImageIndex, sample_id: int, short_side: int | None) -> bool
 
 
 def _member_names(index: ImageIndex, short_side: int | None) -> list[str]:
-    """Names in the shards. A key ends at the first dot of its last part, so dots before the ending are written as %2E; where two
-    images have one key, as a.jpg and a.png, it takes up the ending too."""
+    """Names in the shards.
+
+    A key ends at the first dot of its last part, so dots before the ending are written as %2E; where two images have
+    one key, as a.jpg and a.png, it takes up the ending too.
+    """
     parts = []
     for sample_id, path in enumerate(index.paths):
         stem, ending = os.path.splitext(path)
@@ -302,6 +305,7 @@ def _bar(parts, total):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m tinymim_fast.data.pack",
         description=__doc__.split("\n")[0],

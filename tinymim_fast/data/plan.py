@@ -44,8 +44,8 @@ class TrainPlan:
         _check_rank(self.rank, self.batches.world_size)
         if self.steps_per_epoch == 0:
             raise DataError(
-                f"got {self.batches.global_batch_size} images a step for {len(self.index)} images in {self.index.root}, want at "
-                f"most {len(self.index)}",
+                f"got {self.batches.global_batch_size} images a step for {len(self.index)} images in "
+                f"{self.index.root}, want at most {len(self.index)}",
                 argument="batches",
             )
 
@@ -78,7 +78,7 @@ class TrainPlan:
         return number // self.batches.accumulation_steps // self.steps_per_epoch
 
     def params(self, number: int, read_ids: np.ndarray) -> ViewDraws:
-        """Crops, flips and jitter: drawn for `sample_ids(number)`, fitted to the sizes of `read_ids`, the files read."""
+        """Crops, flips and jitter: drawn for `sample_ids(number)`, fitted to the sizes of the files `read_ids`."""
         return draw_views(
             self.index.sizes[read_ids],
             self.sample_ids(number),
@@ -93,7 +93,8 @@ class CenterCrops:
     """What to do to each image of a batch of n: take a part of the stored image, resize it, crop its centre.
 
     Args:
-        part_top, part_left, part_height, part_width: (n,) int32, pixels of the stored image; all of it unless it is very long.
+        part_top, part_left, part_height, part_width: (n,) int32, pixels of the stored image; all of it unless it is
+            very long.
         height, width: (n,) int32, pixels of the resized part.
         top, left: (n,) int32, anchor of the crop in the resized part.
     """
@@ -131,10 +132,10 @@ class EvalPlan:
 
     def __post_init__(self):
         _check_rank(self.rank, self.world_size)
-        if self.index.damaged:
+        if bad := BadFiles(self.index).by_path:
             raise DataError(
-                f"got {self.index.root}, where {len(self.index.damaged)} images can't be decoded: "
-                f"{name_some(self.index.damaged)}; replace or remove them, an evaluation counts all images"
+                f"got {self.index.root}, where {len(bad)} images can't be decoded: {name_some(bad)}; replace or remove "
+                f"them, an evaluation counts all images"
             )
 
     @property

@@ -37,8 +37,9 @@ _EPILOG = """\
 Every header is read, and the last bytes of JPEG and PNG files; where the end-of-image marker is missing there, the file
 is decoded to see whether it is truncated. Damage inside a file, and truncation of other formats, is found in training.
 
-left out:     unreadable, empty, non-image, truncated, huge (--max-image-pixels), unsupported (such as GIF, or integers of 32
-              bits, whose range nothing tells), unlabelled (in shards where others have labels)
+left out:     unreadable, empty, non-image, truncated, huge (--max-image-pixels), unsupported (such as GIF),
+              unlabelled (in shards where others have labels)
+replaced:     no-range (integers of 32 bits, floating point beyond 0 to 255: no file tells what is white)
 trained on:   cmyk, greyscale, sixteen-bit, misnamed (such as a PNG called .JPEG)
 
 Training takes DIR/index.npz by itself (--data-path DIR), and an index written elsewhere with --data-path FILE.npz. Scan
@@ -57,8 +58,8 @@ def find_images(
     """The images of one split: from an index where there is one, else by a scan.
 
     Args:
-        path: a folder (see `scan_images`) that may hold an index.npz, itself or in its subfolder `split`, or an index written
-            elsewhere.
+        path: a folder (see `scan_images`) that may hold an index.npz, itself or in its subfolder `split`, or an index
+            written elsewhere.
         split: "train", "val", or a folder's name.
         layout: how to read a folder without an index; see `listing.places`.
         max_image_pixels: larger images are damaged ones.
@@ -147,7 +148,8 @@ def scan_images(
         The index. Files that can't be decoded are left out and listed in `damaged`.
 
     Raises:
-        DataError: no such folder or split, a folder that can be read in two ways, no readable image, or a damaged shard.
+        DataError: no such folder or split, a folder that can be read in two ways, no readable image, or a damaged
+            shard.
     """
     return scan_place(
         choose(Path(root), split, layout), max_image_pixels=max_image_pixels, workers=workers, progress=progress
@@ -302,8 +304,8 @@ def scan(
         splits[place.split] = index
         per_100k = (time.perf_counter() - began) * 1e5 / index.num_listed
         print(
-            f"{place.split or printable(str(root))}: {index.num_listed:,} images in {len(index.class_names):,} classes, "
-            f"{len(index.damaged):,} left out; {per_100k:.1f} s per 100,000 files"
+            f"{place.split or printable(str(root))}: {index.num_listed:,} images in {len(index.class_names):,} "
+            f"classes, {len(index.damaged):,} left out; {per_100k:.1f} s per 100,000 files"
         )
         for title, names in names_by_verdict(index).items():
             print(f"  {title}: {len(names):,}")
@@ -323,6 +325,7 @@ def _bar(parts, total):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m tinymim_fast.data.scan",
         description=__doc__.split("\n")[0],

@@ -18,7 +18,7 @@ _BLOCK = 512  # bytes; zeros behind the last member end an archive
 
 
 class Sample(NamedTuple):
-    """One picture of a shard: name, label (a class's number or name, None where there is none), position in bytes, header."""
+    """One picture of a shard: name, label (a class's number or name, or None), position in bytes, header."""
 
     name: str
     label: int | str | None
@@ -36,16 +36,18 @@ class Shard(NamedTuple):
 def read_shard(path: str, max_pixels: int = MAX_IMAGE_PIXELS) -> Shard:
     """The pictures of one shard; only headers and labels are read.
 
-    A sample is what shares a key, the name up to the first dot of its last part. Its picture is the member with the shortest
-    ending ("jpg" before "mask.png"), its label the number or the class name in `.cls`, else "label" or "cls" in `.json`.
-    Further pictures of a sample, links, sparse members, `._*` files of macOS and sidecars without a label are counted.
+    A sample is what shares a key, the name up to the first dot of its last part. Its picture is the member with the
+    shortest ending ("jpg" before "mask.png"), its label the number or the class name in `.cls`, else "label" or "cls"
+    in `.json`. Further pictures of a sample, links, sparse members, `._*` files of macOS and sidecars without a label
+    are counted.
 
     Args:
         path: the tar file.
         max_pixels: an image of more is damaged.
 
     Raises:
-        DataError: the shard is damaged or truncated, a name is in it twice, or a label is out of range; names the shard.
+        DataError: the shard is damaged or truncated, a name is in it twice, or a label is out of range; names the
+            shard.
     """
     images: dict[str, list[tuple[str, tarfile.TarInfo]]] = {}
     labels: dict[str, dict[str, int | str]] = {}

@@ -1,4 +1,6 @@
-"""Stored bytes: of regular files alone, by plain reads; a memory map of a file that shrinks or fails would end the process."""
+"""Stored bytes: of regular files alone, by plain reads; a memory map of a file that shrinks or fails would end the
+process.
+"""
 
 from __future__ import annotations
 
@@ -98,7 +100,8 @@ class ShardFiles:
             size = os.fstat(descriptor).st_size
             if size < offset + num_bytes:
                 raise DataError(
-                    f"got shard {path} of {size} bytes, which ends before an indexed image: it is truncated; copy or pack it "
+                    f"got shard {path} of {size} bytes, which ends before an indexed image: it is truncated; copy or "
+                    f"pack it "
                     "again"
                 ) from error
             raise ImageError(f"got {name} in {path}, which can't be read: {error.strerror}", error.strerror) from error

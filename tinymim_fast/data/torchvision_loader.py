@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
+import os
 import re
 import signal
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import closing
+from functools import partial
 
 import numpy as np
 import torch
@@ -24,6 +28,7 @@ from tinymim_fast.data.plan import EvalPlan, TrainPlan
 log = logging.getLogger(__name__)
 
 _WORKER_DEATH = re.compile(r"DataLoader worker \(pid.*(killed by signal|exited unexpectedly)")
+_LOST_TENSORS = (ConnectionError, EOFError, FileNotFoundError)  # what it had sent can't be fetched from it any more
 _MAX_DEATHS = 3  # in a row, before a batch comes out
 _JITTER = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation)  # indexed by BRIGHTNESS, CONTRAST, SATURATION
 _BICUBIC = F.InterpolationMode.BICUBIC
@@ -106,7 +111,8 @@ def batches(
         options: `device`, and `prefetch` of each worker.
 
     Raises:
-        DataError: a file can't be decoded in evaluation, or hardly any in training; names it. Or workers are killed each time.
+        DataError: a file can't be decoded in evaluation, or hardly any in training; names it. Or workers are killed
+            each time.
     """
     done, deaths = 0, 0
     while done < len(numbers):
@@ -115,13 +121,14 @@ def batches(
                 for views in running:
                     yield views
                     done, deaths = done + 1, 0
-        except RuntimeError as error:
-            if not _WORKER_DEATH.search(str(error)):
+        except (RuntimeError, *_LOST_TENSORS) as error:
+            if isinstance(error, RuntimeError) and not _WORKER_DEATH.search(str(error)):
                 raise
             deaths += 1
             if deaths == _MAX_DEATHS:
                 raise DataError(
-                    f"got {workers}, of which some were killed {deaths} times in a row, for want of memory most likely; "
+                    f"got {workers}, of which some were killed {deaths} times in a row, for want of memory most "
+                    f"likely; "
                     "try fewer, or a smaller batch",
                     argument="workers",
                 ) from None
@@ -149,6 +156,7 @@ def _batches(
             num_workers=min(workers, len(numbers)),
             prefetch_factor=prefetch if min(workers, len(numbers)) else None,
             pin_memory=device.type == "cuda",
+            worker_init_fn=partial(_end_with_parent, os.getpid()),
             generator=torch.Generator(),  # else it draws a seed from the global generator, which resuming must not
         )
     )
@@ -169,3 +177,15 @@ def _batches(
     finally:
         if hasattr(loader, "_shutdown_workers"):  # now, not when the last traceback that holds it is dropped
             loader._shutdown_workers()
+            for worker in loader._workers:  # one that hangs in a read takes no other signal
+                worker.kill()
+
+
+def _end_with_parent(parent: int, _: int) -> None:
+    """A worker ends when the process `parent` does, and not by a signal to the whole group before it has saved."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    if sys.platform == "linux":  # even one that is stopped, or hangs in a read
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:
+        os._exit(1)

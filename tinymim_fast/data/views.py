@@ -14,15 +14,16 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True, kw_only=True)
 class TrainView:
-    """A random resized crop with a random flip, normalised; and, with `color_jitter`, the same crop jittered as a second view.
+    """A random resized crop with a random flip, normalised; and, with `color_jitter`, the same crop jittered as a
+    second view.
 
     Args:
         img_size: side of the views, pixels.
         scale: range of the crop's share of the area.
         ratio: range of the crop's width / height, before resizing.
         hflip: probability of a horizontal flip of both views.
-        color_jitter: brightness, contrast and saturation strengths of the second view, as in torchvision's ColorJitter; None
-            for one view.
+        color_jitter: brightness, contrast and saturation strengths of the second view, as in torchvision's
+            ColorJitter; None for one view.
         mean: per channel, of 1.
         std: per channel, of 1.
         dtype: float32 or float16.

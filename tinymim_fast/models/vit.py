@@ -136,9 +136,10 @@ def init_mae_style(model: nn.Module, *, pos_embed: str) -> None:
         elif isinstance(module, nn.LayerNorm):
             module.reset_parameters()
     patches = model.patch_embed.proj
-    nn.init.xavier_uniform_(patches.weight.view(patches.weight.shape[0], -1))
-    if patches.bias is not None:
-        nn.init.zeros_(patches.bias)
+    if not isinstance(patches, nn.Identity):  # of a hybrid whose convolutions end in the blocks' width
+        nn.init.xavier_uniform_(patches.weight.view(patches.weight.shape[0], -1))
+        if patches.bias is not None:
+            nn.init.zeros_(patches.bias)
     for token in (model.cls_token, model.reg_token):
         if token is not None:
             nn.init.normal_(token, std=0.02)
@@ -159,6 +160,31 @@ def set_constant_drop_path(model: VisionTransformer, rate: float) -> None:
         block.drop_path2 = DropPath(rate) if rate else nn.Identity()
 
 
+class _Fp32BatchNorm:
+    """Mixed into a BatchNorm whose weights an engine casts to 16 bits: it computes in the type of its statistics."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.weight is None or self.weight.dtype == self.running_mean.dtype:
+            return super().forward(x)
+        kept = self._parameters  # not torch.func.functional_call, which would call a user's hooks a second time
+        self._parameters = {name: parameter.float() for name, parameter in kept.items()}
+        try:
+            return super().forward(x.float()).to(x.dtype)
+        finally:
+            self._parameters = kept
+
+
+def keep_batch_norm_fp32(model: nn.Module) -> None:
+    """Make BatchNorms (of timm's hybrids) take 16-bit weights and images beside fp32 statistics, in place.
+
+    PyTorch's batch norm refuses such a mixture on the CPU, and statistics in bf16 would stop moving 2 % from the mean.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
+            kind = type(module)
+            module.__class__ = type(f"Fp32{kind.__name__}", (_Fp32BatchNorm, kind), {})
+
+
 def sincos_2d(grid: tuple[int, int], dim: int, num_prefix_tokens: int) -> torch.Tensor:
     """Fixed position embedding (1, prefix + rows * columns, dim), fp32; zero for prefix tokens.
 
@@ -177,6 +203,11 @@ def sincos_2d(grid: tuple[int, int], dim: int, num_prefix_tokens: int) -> torch.
     angles = [axis.reshape(-1, 1) * omega for axis in (x, y)]
     embed = torch.cat([f(a) for a in angles for f in (torch.sin, torch.cos)], dim=1).float()
     return torch.cat([embed.new_zeros(num_prefix_tokens, dim), embed])[None]
+
+
+def whole_blocks(model: nn.Module) -> tuple[Block, ...]:
+    """timm's blocks in `model` that have all their parts; a tap's last one may have less."""
+    return tuple(m for m in model.modules() if isinstance(m, Block) and hasattr(m, "drop_path2"))
 
 
 def head_layout(model: VisionTransformer) -> dict[str, Any]:
