@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
+import os
 import re
 import signal
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import closing
+from functools import partial
 
 import numpy as np
 import torch
@@ -152,6 +156,7 @@ def _batches(
             num_workers=min(workers, len(numbers)),
             prefetch_factor=prefetch if min(workers, len(numbers)) else None,
             pin_memory=device.type == "cuda",
+            worker_init_fn=partial(_end_with_parent, os.getpid()),
             generator=torch.Generator(),  # else it draws a seed from the global generator, which resuming must not
         )
     )
@@ -172,3 +177,15 @@ def _batches(
     finally:
         if hasattr(loader, "_shutdown_workers"):  # now, not when the last traceback that holds it is dropped
             loader._shutdown_workers()
+            for worker in loader._workers:  # one that hangs in a read takes no other signal
+                worker.kill()
+
+
+def _end_with_parent(parent: int, _: int) -> None:
+    """A worker ends when the process `parent` does, and not by a signal to the whole group before it has saved."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    if sys.platform == "linux":  # even one that is stopped, or hangs in a read
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:
+        os._exit(1)

@@ -136,9 +136,10 @@ def init_mae_style(model: nn.Module, *, pos_embed: str) -> None:
         elif isinstance(module, nn.LayerNorm):
             module.reset_parameters()
     patches = model.patch_embed.proj
-    nn.init.xavier_uniform_(patches.weight.view(patches.weight.shape[0], -1))
-    if patches.bias is not None:
-        nn.init.zeros_(patches.bias)
+    if not isinstance(patches, nn.Identity):  # of a hybrid whose convolutions end in the blocks' width
+        nn.init.xavier_uniform_(patches.weight.view(patches.weight.shape[0], -1))
+        if patches.bias is not None:
+            nn.init.zeros_(patches.bias)
     for token in (model.cls_token, model.reg_token):
         if token is not None:
             nn.init.normal_(token, std=0.02)
@@ -202,6 +203,11 @@ def sincos_2d(grid: tuple[int, int], dim: int, num_prefix_tokens: int) -> torch.
     angles = [axis.reshape(-1, 1) * omega for axis in (x, y)]
     embed = torch.cat([f(a) for a in angles for f in (torch.sin, torch.cos)], dim=1).float()
     return torch.cat([embed.new_zeros(num_prefix_tokens, dim), embed])[None]
+
+
+def whole_blocks(model: nn.Module) -> tuple[Block, ...]:
+    """timm's blocks in `model` that have all their parts; a tap's last one may have less."""
+    return tuple(m for m in model.modules() if isinstance(m, Block) and hasattr(m, "drop_path2"))
 
 
 def head_layout(model: VisionTransformer) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,17 +20,26 @@ from tinymim_fast.files import remove_unfinished, write_text
 from tinymim_fast.models.checkpoints import latest_checkpoint
 from tinymim_fast.training import checkpoint as checkpoints
 from tinymim_fast.training import resume
+from tinymim_fast.training.compilation import Compiler, wanted
 from tinymim_fast.training.metrics import Recorder, plot_curves
 from tinymim_fast.training.progress import Progress
 from tinymim_fast.training.schedule import lr_schedule
 from tinymim_fast.training.step import TrainStep
+from tinymim_fast.training.stop import StopRequests, reason_of
 from tinymim_fast.training.task import Task
+from tinymim_fast.training.tracing import Tracer
 
 logger = logging.getLogger("tinymim_fast")
-SAVE, STOP, TOO_MANY_BAD = 1, 2, 3  # what ranks agree on, the larger winning
+# What ranks agree on, the larger winning; above STOP come the reasons of `StopRequests`.
+SAVE, STOP, TOO_MANY_BAD = 1, 2, 100
 
 
-def train(config: RunConfig, world: World, build_task: Callable[[Any, World, Path | None], Task]) -> None:
+def train(
+    config: RunConfig,
+    world: World,
+    build_task: Callable[[Any, World, Path | None], Task],
+    stop: StopRequests | None = None,
+) -> None:
     """A whole run, or the rest of one.
 
     Everything that can be wrong with the input is found before the first file is written.
@@ -40,12 +48,15 @@ def train(config: RunConfig, world: World, build_task: Callable[[Any, World, Pat
         config: what to train, on what, and where to.
         world: from `engine.start`.
         build_task: makes the task of (config, world, checkpoint to take the weights from or None); see tasks/.
+        stop: takes this process's signals; None: only `max_time` stops the run.
 
     Raises:
         InputError: a folder, file or setting that can't be used; its argument is the field's name.
         NonFiniteLossError: the loss or a weight became NaN or Inf.
-        Terminated: SIGTERM; a checkpoint was saved.
+        Terminated: a signal, or `max_time` is over; a checkpoint was saved.
     """
+    stop = stop or StopRequests()
+
     # What is there: worked out once, on rank 0 where files are read.
     output_dir = Path(config.output_dir)
     batches = config.batch_plan(world.world_size)
@@ -76,8 +87,10 @@ def train(config: RunConfig, world: World, build_task: Callable[[Any, World, Pat
             bad_files=bad_files,
             dali_kwargs=config.dali_kwargs,
         )
-    with loader:
+    with loader, Compiler() as compiler:
         steps_per_epoch = loader.steps_per_epoch
+        regions = task.regions if wanted(config.compile, world.device) else ()
+        compiler.compile(regions)
         with refusals(config.deepspeed_config):
             engine = Engine(
                 task.model,
@@ -87,6 +100,7 @@ def train(config: RunConfig, world: World, build_task: Callable[[Any, World, Pat
                 weight_decay=config.weight_decay,
                 opt_betas=config.opt_betas,
                 seed=config.seed,
+                regions=regions,
             )
         step, total_steps = 0, steps_per_epoch * config.epochs
         seed_rank(config.seed, step, world.rank)
@@ -110,16 +124,21 @@ def train(config: RunConfig, world: World, build_task: Callable[[Any, World, Pat
             tensorboard=config.tensorboard,
             enabled=world.is_main,
         )
-        terminate = []
-        previous = signal.signal(signal.SIGTERM, lambda *_: terminate.append(True))
+        tracer = Tracer(output_dir, config.profile if world.is_main else 0)
         agreement = None  # on what ranks asked for in the step before
-        micro_batches = progress.timed(loader.batches(step, total_steps - step))
+        micro_batches = progress.timed(loader.batches(step, total_steps - step), stop)
+        stop.last_checkpoint = str(checkpoint or "none")
+        stop.start_training(config.max_time)
         try:
             while step < total_steps:
                 lr = engine.lr
                 progress.add(train_step(micro_batches), lr)  # queued: the host runs ahead of the device
                 step += 1
+                stop.now("training")
                 recorder.advance()
+                progress.leave_out(compiler.after_step())
+                with progress.paused():
+                    tracer.after_step()
                 last = step == total_steps
 
                 # SYNC, host: what ranks asked for a step ago. Nobody waits, and all stop or save at the same step.
@@ -130,21 +149,23 @@ def train(config: RunConfig, world: World, build_task: Callable[[Any, World, Pat
                     request = int(answer)
 
                 # SYNC, device: the losses come to the host here, and where it saves, and nowhere else.
-                if step % config.log_interval == 0 or last or request >= STOP:
+                if step % config.log_interval == 0 or last or request > STOP:
                     record = progress.record()
                     if record is not None:
                         recorder.write({**record, **recorder.new_bad_files(bad_files.by_path)})
                 if request or saver.due(step) or last:
-                    with progress.paused():
+                    with progress.paused(), stop.doing("saving"):
                         progress.look()  # a checkpoint after a bad loss would not be a good one
                         saver.save(step, {"bad_files": bad_files.by_path})
+                        stop.last_checkpoint = checkpoints.name_of(step)
 
-                if request == STOP and not last:
-                    raise Terminated(f"stopped by SIGTERM at step {step}, saved; the same command continues")
                 if request == TOO_MANY_BAD:
                     raise bad_files.error()
-                wish = TOO_MANY_BAD if bad_files.too_many else STOP if terminate else SAVE if saver.overdue else 0
-                agreement = world.start_max(wish)
+                if request > STOP and not last:
+                    why = reason_of(request - STOP)
+                    raise Terminated(f"stopped by {why} at step {step}, saved; the same command continues")
+                asked = STOP + stop.code if stop.code else SAVE if saver.overdue else 0
+                agreement = world.start_max(TOO_MANY_BAD if bad_files.too_many else asked)
         except NonFiniteLossError as error:
             good = latest_checkpoint(output_dir) or "none: no checkpoint was saved yet"
             raise NonFiniteLossError(
@@ -152,7 +173,7 @@ def train(config: RunConfig, world: World, build_task: Callable[[Any, World, Pat
                 "Lower lr_base, lengthen warmup_epochs, or try bf16: false"
             ) from error
         finally:
-            signal.signal(signal.SIGTERM, previous)
+            tracer.close()
             recorder.close()
     if world.is_main:
         logger.info("done: %s", latest_checkpoint(output_dir))

@@ -18,6 +18,7 @@ from tinymim_fast.errors import (
     NonFiniteLossError,
     Terminated,
 )
+from tinymim_fast.training.stop import StopRequests
 
 logger = logging.getLogger("tinymim_fast")
 EXIT_CODES = {InputError: EXIT_INPUT, NonFiniteLossError: EXIT_NON_FINITE, Terminated: EXIT_TERMINATED}
@@ -38,21 +39,48 @@ def main(kind: type[RunConfig], build_task: Callable[..., Any], argv: Sequence[s
     rank = os.environ.get("RANK", "0")
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING)
     logger.setLevel(logging.INFO if rank == "0" else logging.WARNING)
+    stop = StopRequests()
     try:
-        config = parse(kind, sys.argv[1:] if argv is None else argv, prog)
-
-        from tinymim_fast import engine  # after --help and bad flags, which need not wait for torch and DeepSpeed
-        from tinymim_fast.training import loop
-
-        with name_flags(kind):
-            world = engine.start()
-            try:
-                loop.train(config, world, build_task)
-            finally:
-                engine.stop()
-    except tuple(EXIT_CODES) as stopped:
+        stop.take_signals(prog)
+        _run(kind, build_task, sys.argv[1:] if argv is None else argv, prog, stop)
+        return 0
+    except Exception as error:
+        ended = _as_ended(error, stop)
+        if ended is None:
+            raise
         if rank != "0":
             time.sleep(3)  # rank 0 most likely says the same, and its exit makes the launcher end this process
-        print(f"{prog}: {stopped}", file=sys.stderr, flush=True)
-        return next(code for error, code in EXIT_CODES.items() if isinstance(stopped, error))
-    return 0
+        print(f"{prog}: {ended}", file=sys.stderr, flush=True)
+        return next(code for kind_of_error, code in EXIT_CODES.items() if isinstance(ended, kind_of_error))
+    finally:
+        stop.ignore_signals()
+
+
+def _run(
+    kind: type[RunConfig], build_task: Callable[..., Any], argv: Sequence[str], prog: str, stop: StopRequests
+) -> None:
+    config = parse(kind, argv, prog)
+
+    from tinymim_fast import engine  # after --help and bad flags, which need not wait for torch and DeepSpeed
+    from tinymim_fast.training import loop
+
+    with name_flags(kind):
+        world = engine.start()
+        try:
+            loop.train(config, world, build_task, stop)
+        finally:
+            engine.stop()
+
+
+def _as_ended(error: Exception, stop: StopRequests) -> Exception | None:
+    """The error to tell in one line, one of `EXIT_CODES`; None for one that nobody expects."""
+    if isinstance(error, tuple(EXIT_CODES)):
+        return error
+    if stop.reason is None:
+        return None
+    # the signal reached what this process waited for, too: another rank, or a process that reads images
+    line = " ".join(str(error).split())[:200]
+    return Terminated(
+        f"stopped by {stop.reason}, without saving ({line}); the last checkpoint is {stop.last_checkpoint}, and the "
+        "same command continues"
+    )

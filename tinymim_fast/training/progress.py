@@ -8,11 +8,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.profiler import record_function
 
 from tinymim_fast.batches import BatchPlan
 from tinymim_fast.data.bad_files import BadFiles
 from tinymim_fast.distributed import World
 from tinymim_fast.errors import NonFiniteLossError
+from tinymim_fast.training.stop import StopRequests
 from tinymim_fast.training.task import Views
 
 
@@ -46,12 +48,13 @@ class Progress:
         self._lr = 0.0
         self._restart_clocks()
 
-    def timed(self, micro_batches: Iterator[Views]) -> Iterator[Views]:
-        """The same micro-batches; how long each is waited for is counted."""
+    def timed(self, micro_batches: Iterator[Views], stop: StopRequests) -> Iterator[Views]:
+        """The same micro-batches; how long each is waited for is counted, and `stop` knows what is waited for."""
         while True:
             asked = time.perf_counter()
             try:
-                views = next(micro_batches)
+                with stop.doing("waiting for data"), record_function("data"):
+                    views = next(micro_batches)
             except StopIteration:
                 return
             self._waited += time.perf_counter() - asked
@@ -111,6 +114,10 @@ class Progress:
         began = time.perf_counter()
         yield
         self._began += time.perf_counter() - began
+
+    def leave_out(self, seconds: float) -> None:
+        """So much of the time since the last record was not training."""
+        self._began += seconds
 
     def _restart_clocks(self) -> None:
         self._began, self._waited = time.perf_counter(), 0.0

@@ -1,0 +1,143 @@
+"""What asks a run to stop before its end, and the thread that sees to it that it does, whatever it hangs in.
+
+A signal is taken at once while the run starts, and at the end of a step once it trains, when all ranks have agreed
+to stop, save and end. Python handles signals between its own instructions only: a thread that reads the wake-up pipe
+ends a process that a signal can't reach, because it waits for data, for another rank, or in a library.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from tinymim_fast.errors import EXIT_TERMINATED, Terminated
+
+# A launcher's, Ctrl-C, SLURM's warning before the time limit, a terminal that is closed. One that is ignored stays so.
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+MAX_TIME = "max_time"
+REASONS = (*(number.name for number in SIGNALS), MAX_TIME)
+WAIT_S = 10  # for data or at the start, after a signal
+STEP_S = 120  # of a step that doesn't end, after a signal
+
+
+class StopRequests:
+    """Why this process should stop, if it should: the time limit; a signal, after `take_signals`.
+
+    Attributes:
+        reason: one of `REASONS`; None while there is none.
+        last_checkpoint: to be told by a process that ends without saving.
+    """
+
+    def __init__(self):
+        self.reason: str | None = None
+        self.last_checkpoint = "none"
+        self._began = time.monotonic()
+        self._max_s = 0.0
+        self._doing, self._doing_since = "starting", self._began
+
+    def take_signals(self, prog: str) -> None:
+        """Take `SIGNALS` from now on until the process ends: none of them changes the exit code any more.
+
+        Args:
+            prog: the program's name, for messages.
+        """
+        self._pid = os.getpid()
+        pipe = os.pipe()
+        for end in pipe:
+            os.set_blocking(end, False)
+        signal.set_wakeup_fd(pipe[1], warn_on_full_buffer=False)
+        os.register_at_fork(after_in_child=self._leave_to_parent)
+        for number in SIGNALS:
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._on_signal)
+        threading.Thread(target=self._watch, args=(prog, pipe[0]), daemon=True).start()
+
+    def ignore_signals(self) -> None:
+        """The run is over: while Python shuts down, which puts its own handlers away, signals do nothing."""
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+
+    @property
+    def code(self) -> int:
+        """0, or a number for why this process wants to stop, for `reason_of`; larger ones win where ranks differ."""
+        if self.reason is None and self._max_s and time.monotonic() - self._began > self._max_s:
+            self.reason = MAX_TIME
+        return 0 if self.reason is None else 1 + REASONS.index(self.reason)
+
+    def start_training(self, max_minutes: float) -> None:
+        """From now on signals wait for the end of the step.
+
+        Args:
+            max_minutes: time limit, counted from the making of this object; 0: none.
+
+        Raises:
+            Terminated: one came meanwhile.
+        """
+        self._max_s = 60 * max_minutes
+        self.now("training")
+        if self.reason is not None:
+            raise self._terminated_at_start()
+
+    def now(self, what: str) -> None:
+        """The run begins to do this: "training", "saving" or "waiting for data"."""
+        self._doing, self._doing_since = what, time.monotonic()
+
+    @contextlib.contextmanager
+    def doing(self, what: str) -> Iterator[None]:
+        """The run does this inside the with block."""
+        before = self._doing
+        self.now(what)
+        try:
+            yield
+        finally:
+            self.now(before)
+
+    def _on_signal(self, signum: int, frame: Any) -> None:
+        first, self.reason = self.reason is None, self.reason or signal.Signals(signum).name
+        if first and self._doing == "starting":
+            raise self._terminated_at_start()
+
+    def _terminated_at_start(self) -> Terminated:
+        return Terminated(f"stopped by {self.reason} before the first step; the same command starts again")
+
+    def _leave_to_parent(self) -> None:
+        """In a forked process, which is not the run: signals do there what they do by default."""
+        if os.getpid() == self._pid or signal.getsignal(signal.SIGTERM) != self._on_signal:
+            return
+        signal.set_wakeup_fd(-1)
+        for number in SIGNALS:
+            if signal.getsignal(number) == self._on_signal:
+                signal.signal(number, signal.SIG_DFL)
+
+    def _watch(self, prog: str, wakeups: int) -> None:
+        """After a signal, end a process that doesn't; in a thread of its own."""
+        asked_at, name = None, ""
+        while True:
+            readable = select.select([wakeups], [], [], None if asked_at is None else 1.0)[0]
+            if readable:
+                numbers = [n for n in os.read(wakeups, 4096) if n in SIGNALS]
+                if numbers and asked_at is None:
+                    asked_at, name = time.monotonic(), signal.Signals(numbers[0]).name
+            if asked_at is None or self._doing == "saving":
+                continue
+            limit = STEP_S if self._doing == "training" else WAIT_S
+            if time.monotonic() - max(asked_at, self._doing_since) > limit:
+                print(
+                    f"{prog}: stopped by {name} after {limit} s of {self._doing}, without saving; the last "
+                    f"checkpoint is {self.last_checkpoint}, and the same command continues",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                os._exit(EXIT_TERMINATED)
+
+
+def reason_of(code: int) -> str:
+    """What a rank's `StopRequests.code` stands for."""
+    return REASONS[code - 1]
