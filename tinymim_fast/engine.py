@@ -315,6 +315,8 @@ class Engine:
                         value = file.get_tensor(f"{moment}.{name}")
                         if value.shape != parameter.shape:
                             raise ValueError(f"{moment}.{name} is {tuple(value.shape)}, want {tuple(parameter.shape)}")
+                        if not value.isfinite().all():
+                            raise ValueError(f"{moment}.{name} is not finite")
                         safe_set_full_optimizer_state(parameter, value, moment)
                         if parameter in self._adamw.state:  # without ZeRO
                             self._adamw.state[parameter][moment].copy_(value)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +65,8 @@ def train(
         clip_grad=config.clip_grad,
         deepspeed_config=config.deepspeed_config,
     )
-    checkpoint = world.broadcast(lambda: resume.find_checkpoint(config))
+    found = world.broadcast(lambda: resume.find_checkpoint(config))
+    checkpoint = found.checkpoint
     index = world.broadcast(lambda: resume.find_run_images(config, resumed=checkpoint is not None))
     bad_files = BadFiles(index, config.max_bad_files)
 
@@ -104,7 +105,7 @@ def train(
             step = client_state["step"]
             bad_files.recheck(client_state["bad_files"])
             logger.info("continuing from %s", checkpoint)
-        world.broadcast(lambda: _prepare_folder(output_dir, config, ds_config, index))
+        world.broadcast(lambda: _prepare_folder(output_dir, config, ds_config, index, found.damaged))
 
         # The run.
         train_step = TrainStep(engine, task.prepare, parts=task.parts, accumulation_steps=batches.accumulation_steps)
@@ -170,12 +171,16 @@ def train(
         plot_curves(output_dir, task.parts)
 
 
-def _prepare_folder(output_dir: Path, config: RunConfig, ds_config: dict[str, Any], index: ImageIndex) -> None:
-    """Folder, resolved configuration, list of images; what a killed run left unfinished goes."""
+def _prepare_folder(
+    output_dir: Path, config: RunConfig, ds_config: dict[str, Any], index: ImageIndex, damaged: Sequence[Path]
+) -> None:
+    """Folder, resolved configuration, list of images; what a killed run left unfinished goes, damaged checkpoints aside."""
     try:
         (output_dir / checkpoints.FOLDER).mkdir(parents=True, exist_ok=True)
         for folder in (output_dir, output_dir / checkpoints.FOLDER):
             remove_unfinished(folder)
+        for checkpoint in damaged:
+            checkpoints.set_aside(checkpoint)
         write_text(output_dir / resume.CONFIG, to_yaml(config))
         write_text(output_dir / "deepspeed_config.json", json.dumps(ds_config, indent=2) + "\n")
         index.save(output_dir / resume.INDEX)
