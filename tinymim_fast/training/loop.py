@@ -20,6 +20,7 @@ from tinymim_fast.files import remove_unfinished, write_text
 from tinymim_fast.models.checkpoints import latest_checkpoint
 from tinymim_fast.training import checkpoint as checkpoints
 from tinymim_fast.training import resume
+from tinymim_fast.training.lock import RunLock
 from tinymim_fast.training.metrics import Recorder, plot_curves
 from tinymim_fast.training.progress import Progress
 from tinymim_fast.training.schedule import lr_schedule
@@ -65,7 +66,13 @@ def train(
         clip_grad=config.clip_grad,
         deepspeed_config=config.deepspeed_config,
     )
-    found = world.broadcast(lambda: resume.find_checkpoint(config))
+    lock = RunLock(output_dir)
+
+    def find_checkpoint() -> resume.Found:
+        lock.acquire()  # in a new folder later, when all input was found good
+        return resume.find_checkpoint(config)
+
+    found = world.broadcast(find_checkpoint)
     checkpoint = found.checkpoint
     index = world.broadcast(lambda: resume.find_run_images(config, resumed=checkpoint is not None))
     bad_files = BadFiles(index, config.max_bad_files)
@@ -105,7 +112,7 @@ def train(
             step = client_state["step"]
             bad_files.recheck(client_state["bad_files"])
             logger.info("continuing from %s", checkpoint)
-        world.broadcast(lambda: _prepare_folder(output_dir, config, ds_config, index, found.damaged))
+        world.broadcast(lambda: _prepare_folder(lock, config, ds_config, index, found.damaged))
 
         # The run.
         train_step = TrainStep(engine, task.prepare, parts=task.parts, accumulation_steps=batches.accumulation_steps)
@@ -166,17 +173,20 @@ def train(
             ) from error
         finally:
             recorder.close()
+            lock.release()
     if world.is_main:
         logger.info("done: %s", latest_checkpoint(output_dir))
         plot_curves(output_dir, task.parts)
 
 
 def _prepare_folder(
-    output_dir: Path, config: RunConfig, ds_config: dict[str, Any], index: ImageIndex, damaged: Sequence[Path]
+    lock: RunLock, config: RunConfig, ds_config: dict[str, Any], index: ImageIndex, damaged: Sequence[Path]
 ) -> None:
     """Folder, resolved configuration, list of images; what a killed run left unfinished goes, damaged checkpoints aside."""
+    output_dir = Path(config.output_dir)
     try:
         (output_dir / checkpoints.FOLDER).mkdir(parents=True, exist_ok=True)
+        lock.acquire()
         for folder in (output_dir, output_dir / checkpoints.FOLDER):
             remove_unfinished(folder)
         for checkpoint in damaged:
