@@ -21,6 +21,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler that counts memor
 
 import argparse
 import itertools
+import logging
 import statistics
 import sys
 import tempfile
@@ -246,6 +247,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print, and write the rows; the exit code."""
     args = parse_args(arguments)
+    logging.getLogger("tinymim_fast").setLevel(logging.ERROR)  # an untrained teacher's file says nothing of its heads
     results = sweep.Results(args.output, args.device)
     print(", ".join(f"{name} {value}" for name, value in results.environment.items() if value != ""))
     # One process on the device that was asked for, whatever the launcher's accelerator is.

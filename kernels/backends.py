@@ -1,8 +1,9 @@
 """The backends: which there are, what "auto" means, and why one cannot take these tensors."""
 
+from collections.abc import Sequence
 from types import ModuleType
 
-from torch import Tensor
+import torch
 
 from tinymim_fast.kernels import chunked, triton_backend
 
@@ -18,20 +19,22 @@ def check(backend: str) -> None:
         raise ValueError(f"backend: got {backend!r}, want one of {BACKENDS}")
 
 
-def resolve(backend: str, x_s: Tensor, x_t: Tensor) -> str:
-    """The fused backend that `backend` stands for with these tensors.
+def resolve(backend: str, device: torch.device, dtypes: Sequence[torch.dtype], head_dims: Sequence[int]) -> str:
+    """The fused backend that `backend` stands for with tensors (B, H, N, D) like these.
 
     "auto" is "triton" on GPUs where it can take them, else "chunked": in Triton's interpreter, on the CPU, it never is.
 
     Args:
         backend: "auto" or a key of FUSED.
-        x_s, x_t: (B, H, N, D) of the student and of the teacher.
+        device: of all tensors.
+        dtypes, head_dims: dtype and D of the student and of the teacher.
 
     Raises:
         ValueError: the named backend cannot take them; says why.
     """
     if backend == "auto":
-        return "triton" if x_s.device.type == "cuda" and triton_backend.why_not(x_s, x_t) is None else "chunked"
-    if (reason := FUSED[backend].why_not(x_s, x_t)) is not None:
+        fits = device.type == "cuda" and triton_backend.why_not(device, dtypes, head_dims) is None
+        return "triton" if fits else "chunked"
+    if (reason := FUSED[backend].why_not(device, dtypes, head_dims)) is not None:
         raise ValueError(f"backend: got {backend!r}, {reason}; want 'auto' or 'chunked'")
     return backend

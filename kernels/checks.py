@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 RELATIONS = ("qk", "vv", "qq", "kk")
 
@@ -63,6 +64,25 @@ def check_teacher(name: str, teacher: Tensor) -> None:
             f"{name}: got requires_grad=True, want a teacher without gradient: "
             f"run the teacher under torch.no_grad() or pass {name}.detach()"
         )
+
+
+def outside_inference(teacher: Tensor) -> Tensor:
+    """A copy where the teacher ran under torch.inference_mode: autograd keeps no tensor of that."""
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or not teacher.is_inference():
+        return teacher
+    return teacher.clone()
+
+
+def check_no_tangent(**tensors: Tensor) -> None:
+    """A fused backend has no forward-mode derivative; unasked, PyTorch would take it for 0."""
+    if torch.compiler.is_compiling():
+        return
+    for name, tensor in tensors.items():
+        if forward_ad.unpack_dual(tensor).tangent is not None:
+            raise RuntimeError(
+                f"{name}: got a tangent of forward-mode differentiation, want none: the fused backends have first "
+                "derivatives by backward() only, backend='reference' has all"
+            )
 
 
 def check_strides(name: str, tensor: Tensor) -> None:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from tinymim_fast.kernels import cpu
-from tinymim_fast.kernels.reference import MASKED_LOGIT, padding_mask, working_dtype
+from tinymim_fast.kernels.reference import MASKED_LOGIT, padding_mask, projections, working_dtype
 
 # Bytes of one of the three maps of a chunk: large enough to pay for the calls, small enough for the caches.
 # Times by chunk size are in benchmarks/NOTES.md; other devices need more work in a call to be full.
@@ -116,32 +116,32 @@ def relation_kl(
 
 
 def packed_relation_kl(
-    student: dict[str, Tensor],
-    teacher: dict[str, Tensor],
+    qkv_s: Tensor,
+    qkv_t: Tensor,
+    relation_heads: int,
     relations: Sequence[str],
     *,
-    scale_s: float,
-    scale_t: float,
     lengths: Tensor | None = None,
-    d_student: dict[str, Tensor] | None = None,
+    d_qkv: Tensor | None = None,
 ) -> list[Tensor]:
-    """Row losses of each relation; the student's gradient is written into `d_student`.
+    """Row losses (B, H, N) of each relation; the student's gradient is written into `d_qkv`.
 
     Args:
-        student, teacher: "q", "k" and "v" of packed projections, each (B, H, N, D).
+        qkv_s, qkv_t: packed projections, (B, N, 3 C) each, relation_heads dividing C.
         relations: of "qk", "vv", "qq" and "kk", no two with a projection in common.
-        scale_s, scale_t, lengths: as for relation_kl.
-        d_student: places for the gradients, like `student`; None where none is wanted.
+        lengths: as for relation_kl.
+        d_qkv: place for the gradient, like `qkv_s`; None where none is wanted. What belongs to no relation is left.
     """
-    places = d_student or {}
+    student, teacher = projections(qkv_s, relation_heads), projections(qkv_t, relation_heads)
+    places = {} if d_qkv is None else projections(d_qkv, relation_heads)
     return [
         relation_kl(
             student[x],
             student[y],
             teacher[x],
             teacher[y],
-            scale_s=scale_s,
-            scale_t=scale_t,
+            scale_s=student[x].shape[3] ** -0.5,
+            scale_t=teacher[x].shape[3] ** -0.5,
             lengths=lengths,
             d_x=places.get(x),
             d_y=places.get(y),
@@ -150,7 +150,7 @@ def packed_relation_kl(
     ]
 
 
-def why_not(x_s: Tensor, x_t: Tensor) -> str | None:
+def why_not(device: torch.device, dtypes: Sequence[torch.dtype], head_dims: Sequence[int]) -> str | None:
     """None: it takes whatever PyTorch does."""
     return None
 

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ class Operands:
         relations: of each, the projections it takes as x and as y; where both are one, d_x and d_y are one as well
             and get the sum of both gradients.
         stride_s_p, stride_t_p, stride_d_p: elements from one projection to the next.
+        gradient_scale: a factor on the gradients, taken in fp32 before they are rounded.
     """
 
     x_s: Tensor
@@ -42,6 +44,7 @@ class Operands:
     stride_s_p: int = 0
     stride_t_p: int = 0
     stride_d_p: int = 0
+    gradient_scale: float = 1.0
 
     def __post_init__(self) -> None:
         for x, y in ((self.x_s, self.y_s), (self.x_t, self.y_t), (self.d_x, self.d_y)):
@@ -106,6 +109,7 @@ class Operands:
             "projections": sum((x | y << 2) << (4 * i) for i, (x, y) in enumerate(self.relations)),
             "bits_s": self.scale_s * LOG2_E,
             "bits_t": self.scale_t * LOG2_E,
+            "scale_d": self.scale_s * self.gradient_scale,
             "HEAD_DIM_S": self.x_s.shape[3],
             "HEAD_DIM_T": self.x_t.shape[3],
             "PRECISION_S": input_precision(self.x_s),
@@ -116,16 +120,23 @@ class Operands:
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch of a Triton kernel. A plan of them runs, or is compiled ahead of time with tensors on "meta"."""
+    """One launch of a Triton kernel. A plan of them runs, or is compiled ahead of time with tensors on "meta".
+
+    Args:
+        kernel: decorated by triton.jit.
+        grid: programs by axis.
+        arguments: all of the kernel's, by name.
+        num_warps: of a program.
+    """
 
     kernel: Callable
     grid: tuple[int, ...]
     arguments: dict
     num_warps: int
 
-    def run(self) -> None:
-        """Launches on the current device and stream."""
-        self.kernel[self.grid](**self.arguments, num_warps=self.num_warps)
+    def run(self) -> Any:
+        """Launches on the current device and stream; returns the compiled kernel, None from the interpreter."""
+        return self.kernel[self.grid](**self.arguments, num_warps=self.num_warps)
 
 
 def launch(kernel: Callable, grid: tuple[int, ...], arguments: dict, num_warps: int) -> Launch:

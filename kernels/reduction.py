@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from tinymim_fast.kernels import triton_backend
+
 REDUCTIONS = ("none", "mean", "sum")
 
 
@@ -28,6 +30,64 @@ def scaled(gradient: Tensor, factor: Tensor) -> Tensor:
     """
     factor = factor.reshape([1] * (gradient.ndim - factor.ndim) + list(factor.shape))
     return torch.mul(gradient, factor, out=torch.empty_like(gradient))
+
+
+def mean_rows(rows: Tensor | list[Tensor], lengths: Tensor | None) -> Tensor:
+    """The mean row loss of each relation, (R,).
+
+    Args:
+        rows: (B, H, N) of each relation, 0 beyond the length; one tensor of them has one sum for all.
+    """
+    if isinstance(rows, Tensor):
+        return rows.sum((1, 2, 3)) / count_rows(*rows.shape[1:], lengths)
+    return torch.stack([reduce_rows(of_one, lengths, "mean") for of_one in rows])
+
+
+def mean_is_folded(backend: str, dtype: torch.dtype, lengths: Tensor | None) -> bool:
+    """Whether the forward pass writes the gradient of the mean, so that the backward pass has nothing to multiply.
+
+    Elsewhere it writes that of the sum: 1 / (B H N) underflows in fp16, and with `lengths` only the device knows it.
+    """
+    return backend == "triton" and dtype != torch.float16 and lengths is None
+
+
+def folding(folded: bool, num_rows: int) -> dict[str, float]:
+    """What tells backend "triton" so; the others need not be told."""
+    return {"gradient_scale": 1 / num_rows} if folded else {}
+
+
+def upstream_applied(
+    gradient: Tensor, upstream: Tensor, relations: tuple[int, ...], count: int | Tensor, consume: bool, width: int
+) -> Tensor:
+    """gradient * upstream / count, of what the forward pass kept.
+
+    In place with `consume`, where the graph is not kept for another backward pass: a factor of 1 then costs no pass
+    over memory. Otherwise, and where a compiler traces, into a tensor of its own.
+
+    Args:
+        gradient: dense, of rows of `width` elements; row i is of part i % len(relations).
+        upstream: (R,) or (); its product is taken in its dtype.
+        relations: of each part, which of `upstream` is its factor.
+        count: what to divide by, a number or a tensor of one.
+        consume: the gradient is backend "triton"'s, and nobody else's.
+    """
+    # torch.compile and other tracers have tensors of classes of their own.
+    if consume and type(gradient) is Tensor and not _graph_is_kept():
+        triton_backend.rescale(gradient, upstream, relations, count, width)
+        return gradient
+    upstream = upstream / count
+    if len(relations) == 1:
+        return scaled(gradient, upstream)
+    factors = upstream.unbind()
+    of_parts = torch.stack([factors[relation] for relation in relations])
+    parts = gradient.unflatten(-1, (len(relations), -1))
+    return scaled(parts, of_parts[:, None]).flatten(-2)
+
+
+def _graph_is_kept() -> bool:
+    """Whether this backward pass has retain_graph; True where this PyTorch does not tell."""
+    ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+    return ask()
 
 
 def refuse_second_derivative() -> None:

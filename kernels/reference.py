@@ -66,3 +66,9 @@ def working_dtype(x_s: Tensor, x_t: Tensor) -> torch.dtype:
 def padding_mask(lengths: Tensor, num_tokens: int) -> Tensor:
     """(B, N) booleans, True beyond the length."""
     return torch.arange(num_tokens, device=lengths.device) >= lengths[:, None]
+
+
+def projections(qkv: Tensor, relation_heads: int) -> dict[str, Tensor]:
+    """Views {"q", "k", "v"} of (B, N, 3 C), each (B, H, N, D)."""
+    by_head = qkv.unflatten(2, (3, relation_heads, -1)).permute(2, 0, 3, 1, 4)
+    return dict(zip("qkv", by_head.unbind(), strict=True))

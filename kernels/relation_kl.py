@@ -4,8 +4,16 @@ import torch
 from torch import Tensor
 
 from tinymim_fast.kernels import backends, reference
-from tinymim_fast.kernels.checks import check_lengths, check_tensors, resolve_scale
-from tinymim_fast.kernels.reduction import REDUCTIONS, count_rows, reduce_rows, refuse_second_derivative, scaled
+from tinymim_fast.kernels.checks import check_lengths, check_no_tangent, check_tensors, outside_inference, resolve_scale
+from tinymim_fast.kernels.reduction import (
+    REDUCTIONS,
+    count_rows,
+    folding,
+    mean_is_folded,
+    reduce_rows,
+    refuse_second_derivative,
+    upstream_applied,
+)
 
 
 def relation_kl(
@@ -66,12 +74,16 @@ def relation_kl(
     scale_t = resolve_scale("scale_t", scale_t, x_t)
 
     if backend == "reference":
+        x_t, y_t = outside_inference(x_t), outside_inference(y_t)
         rows = reference.relation_kl(x_s, y_s, x_t, y_t, scale_s=scale_s, scale_t=scale_t, lengths=lengths)
         return reduce_rows(rows, lengths, reduction)
+    check_no_tangent(x_s=x_s, y_s=y_s, x_t=x_t, y_t=y_t)
     want_grad = torch.is_grad_enabled() and reduction != "none"
     want_x, want_y = want_grad and x_s.requires_grad, want_grad and y_s.requires_grad
-    backend = backends.resolve(backend, x_s, x_t)
-    return _relation_kl(x_s, y_s, x_t, y_t, lengths, scale_s, scale_t, reduction, backend, want_x, want_y)[0]
+    backend = backends.resolve(backend, x_s.device, (x_s.dtype, x_t.dtype), (x_s.shape[3], x_t.shape[3]))
+    if reduction == "none":  # the backward pass computes the maps again
+        x_t, y_t = outside_inference(x_t), outside_inference(y_t)
+    return _relation_kl(x_s, y_s, x_t, y_t, lengths, scale_s, scale_t, reduction, backend, want_x, want_y, True)[0]
 
 
 @torch.library.custom_op("tinymim_fast::relation_kl", mutates_args=())
@@ -87,9 +99,14 @@ def _relation_kl(
     backend: str,
     want_x: bool,
     want_y: bool,
+    consume: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss, and the gradient of the *sum* of the rows (empty where not wanted)."""
+    """The loss, and its gradient (empty where not wanted); of a mean that of the sum, see `mean_is_folded`.
+
+    With `consume`, the caller drops the gradients, and the backward pass may write into them.
+    """
     d_x, d_y = _empty_gradients(x_s, y_s, want_x, want_y)
+    folded = consume and reduction == "mean" and mean_is_folded(backend, x_s.dtype, lengths)
     rows = backends.FUSED[backend].relation_kl(
         x_s,
         y_s,
@@ -100,12 +117,13 @@ def _relation_kl(
         lengths=lengths,
         d_x=d_x if want_x else None,
         d_y=d_y if want_y else None,
+        **folding(folded, x_s.shape[:3].numel()),
     )
     return reduce_rows(rows, lengths, reduction), d_x, d_y
 
 
 @_relation_kl.register_fake
-def _(x_s, y_s, x_t, y_t, lengths, scale_s, scale_t, reduction, backend, want_x, want_y):
+def _(x_s, y_s, x_t, y_t, lengths, scale_s, scale_t, reduction, backend, want_x, want_y, consume=False):
     shape = x_s.shape[:3] if reduction == "none" else ()
     loss = x_s.new_empty(shape, dtype=reference.working_dtype(x_s, x_t))
     return loss, *_empty_gradients(x_s, y_s, want_x, want_y)
@@ -148,8 +166,9 @@ def _(d_rows, x_s, y_s, x_t, y_t, lengths, scale_s, scale_t, backend, want_x, wa
 
 
 def _setup_context(ctx, inputs, output):
-    x_s, y_s, x_t, y_t, lengths, ctx.scale_s, ctx.scale_t, ctx.reduction, ctx.backend, *_ = inputs
+    x_s, y_s, x_t, y_t, lengths, ctx.scale_s, ctx.scale_t, ctx.reduction, ctx.backend, _, _, consume = inputs
     _, d_x, d_y = output
+    ctx.consume = consume and ctx.backend == "triton"
     ctx.mark_non_differentiable(d_x, d_y)
     ctx.set_materialize_grads(False)
     if ctx.reduction == "none":
@@ -162,7 +181,7 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, d_loss, *_):
     refuse_second_derivative()
     if d_loss is None:
-        return (None,) * 11
+        return (None,) * 12
     want_x, want_y = ctx.needs_input_grad[:2]
     if ctx.reduction == "none":
         d_x, d_y = _relation_kl_backward(
@@ -170,10 +189,13 @@ def _backward(ctx, d_loss, *_):
         )
     else:
         d_x, d_y, lengths = ctx.saved_tensors
-        if ctx.reduction == "mean":
-            d_loss = d_loss / count_rows(ctx.num_images, ctx.num_heads, ctx.num_tokens, lengths)
-        d_x, d_y = scaled(d_x, d_loss), scaled(d_y, d_loss)
-    return d_x if want_x else None, d_y if want_y else None, *[None] * 9
+        folded = ctx.reduction == "sum" or (ctx.consume and mean_is_folded(ctx.backend, d_x.dtype, lengths))
+        count = 1 if folded else count_rows(ctx.num_images, ctx.num_heads, ctx.num_tokens, lengths)
+        d_x, d_y = (
+            upstream_applied(z, d_loss, (0,), count, ctx.consume, z.numel()) if wanted else None
+            for z, wanted in ((d_x, want_x), (d_y, want_y))
+        )
+    return d_x if want_x else None, d_y if want_y else None, *[None] * 10
 
 
 _relation_kl.register_autograd(_backward, setup_context=_setup_context)

@@ -1,6 +1,8 @@
 """relation_loss: the relation losses of two packed qkv projections, with one packed gradient; op and module."""
 
+import operator
 from collections.abc import Iterator, Mapping, Sequence
+from functools import reduce
 
 import torch
 from torch import Tensor, nn
@@ -8,12 +10,22 @@ from torch import Tensor, nn
 from tinymim_fast.kernels import backends, reference
 from tinymim_fast.kernels.checks import (
     check_lengths,
+    check_no_tangent,
     check_projections,
     check_relation_heads,
     check_relations,
+    outside_inference,
     weights_by_relation,
 )
-from tinymim_fast.kernels.reduction import count_rows, reduce_rows, refuse_second_derivative, scaled
+from tinymim_fast.kernels.reduction import (
+    count_rows,
+    folding,
+    mean_is_folded,
+    mean_rows,
+    reduce_rows,
+    refuse_second_derivative,
+    upstream_applied,
+)
 
 
 def relation_loss(
@@ -61,15 +73,19 @@ def relation_loss(
     check_lengths(lengths, qkv_s, num_images=qkv_s.shape[0], num_tokens=qkv_s.shape[1])
 
     if backend == "reference":
-        losses = _reference_losses(qkv_s, qkv_t, lengths, relation_heads, relations)
+        losses = _reference_losses(qkv_s, outside_inference(qkv_t), lengths, relation_heads, relations)
     else:
+        check_no_tangent(qkv_s=qkv_s, qkv_t=qkv_t)
         want_grad = torch.is_grad_enabled() and qkv_s.requires_grad
-        fused = backends.resolve(backend, *(_projections(qkv, relation_heads)["q"] for qkv in (qkv_s, qkv_t)))
-        losses = {}
+        head_dims = [qkv.shape[2] // (3 * relation_heads) for qkv in (qkv_s, qkv_t)]
+        fused = backends.resolve(backend, qkv_s.device, (qkv_s.dtype, qkv_t.dtype), head_dims)
+        losses, sums = {}, []
         for group in _groups_without_shared_projection(relations):
-            means, _ = _relation_loss(qkv_s, qkv_t, lengths, relation_heads, ",".join(group), fused, want_grad)
+            means, _ = _relation_loss(qkv_s, qkv_t, lengths, relation_heads, ",".join(group), fused, want_grad, True)
             losses.update(zip(group, means.unbind(), strict=True))
-    return {"loss": sum(losses.values()), **{relation: losses[relation] for relation in relations}}
+            sums.append(means.sum())
+        return {"loss": reduce(operator.add, sums), **{relation: losses[relation] for relation in relations}}
+    return {"loss": sum(losses.values()), **losses}
 
 
 class RelationLoss(nn.Module):
@@ -109,10 +125,9 @@ class RelationLoss(nn.Module):
             lengths=lengths,
             backend=self.backend,
         )
-        return {
-            **losses,
-            "loss": sum(self.weights[relation] * losses[relation] for relation in self.relations),
-        }
+        if any(weight != 1 for weight in self.weights.values()):
+            losses["loss"] = sum(weight * losses[relation] for relation, weight in self.weights.items())
+        return losses
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
@@ -128,39 +143,44 @@ def _relation_loss(
     relations: str,
     backend: str,
     want_grad: bool,
+    consume: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Mean row loss of each relation, and the packed gradient of the *sums* of the rows (empty where not
-    wanted).
+    """Mean row loss of each relation, and the packed gradient (empty where not wanted), see `mean_is_folded`.
 
-    No two relations share a projection, so each third of the gradient belongs to one relation.
+    No two relations share a projection, so each third of the gradient belongs to one relation. With `consume`, the
+    caller drops the gradient, and the backward pass may write into it, see `upstream_applied`.
     """
     names = relations.split(",")
     grad = _empty_gradient(qkv_s, want_grad)
     if want_grad and len(set(relations) & set("qkv")) < 3:
         grad.zero_()
+    folded = consume and mean_is_folded(backend, qkv_s.dtype, lengths)
+    num_rows = qkv_s.shape[0] * relation_heads * qkv_s.shape[1]
     rows = backends.FUSED[backend].packed_relation_kl(
-        _projections(qkv_s, relation_heads),
-        _projections(qkv_t, relation_heads),
+        qkv_s,
+        qkv_t,
+        relation_heads,
         names,
-        scale_s=_scale(qkv_s, relation_heads),
-        scale_t=_scale(qkv_t, relation_heads),
         lengths=lengths,
-        d_student=_projections(grad, relation_heads) if want_grad else None,
+        d_qkv=grad if want_grad else None,
+        **folding(folded, num_rows),
     )
-    return torch.stack([reduce_rows(of_one, lengths, "mean") for of_one in rows]), grad
+    return mean_rows(rows, lengths), grad
 
 
 @_relation_loss.register_fake
-def _(qkv_s, qkv_t, lengths, relation_heads, relations, backend, want_grad):
+def _(qkv_s, qkv_t, lengths, relation_heads, relations, backend, want_grad, consume=False):
     means = qkv_s.new_empty(len(relations.split(",")), dtype=reference.working_dtype(qkv_s, qkv_t))
     return means, _empty_gradient(qkv_s, want_grad)
 
 
 def _setup_context(ctx, inputs, output):
-    qkv_s, _, lengths, ctx.relation_heads, relations, *_ = inputs
+    qkv_s, _, lengths, ctx.relation_heads, relations, ctx.backend, _, ctx.consume = inputs
     ctx.relations = relations.split(",")
     ctx.num_images, ctx.num_tokens, _ = qkv_s.shape
     _, grad = output
+    ctx.consume = ctx.consume and ctx.backend == "triton"
+    ctx.folded = ctx.consume and mean_is_folded(ctx.backend, qkv_s.dtype, lengths)
     ctx.mark_non_differentiable(grad)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(grad, lengths)
@@ -169,15 +189,12 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, d_means, *_):
     refuse_second_derivative()
     if d_means is None:
-        return (None,) * 7
+        return (None,) * 8
     grad, lengths = ctx.saved_tensors
-    d_sums = d_means / count_rows(ctx.num_images, ctx.relation_heads, ctx.num_tokens, lengths)
-    by_relation = dict(zip(ctx.relations, d_sums.unbind(), strict=True))
-    zero = torch.zeros_like(d_sums[0])
-    by_projection = torch.stack(
-        [next((d for relation, d in by_relation.items() if name in relation), zero) for name in "qkv"]
-    )
-    return scaled(grad.unflatten(2, (3, -1)), by_projection[:, None]).flatten(2), *[None] * 6
+    count = 1 if ctx.folded else count_rows(ctx.num_images, ctx.relation_heads, ctx.num_tokens, lengths)
+    # Of each projection, its relation; in no relation its gradient is 0, whatever the factor.
+    relations = tuple(next((i for i, names in enumerate(ctx.relations) if name in names), 0) for name in "qkv")
+    return upstream_applied(grad, d_means, relations, count, ctx.consume, grad.shape[2] // 3), *[None] * 7
 
 
 _relation_loss.register_autograd(_backward, setup_context=_setup_context)
@@ -187,20 +204,10 @@ def _empty_gradient(qkv_s: Tensor, want_grad: bool) -> Tensor:
     return qkv_s.new_empty(qkv_s.shape if want_grad else 0)
 
 
-def _projections(qkv: Tensor, relation_heads: int) -> dict[str, Tensor]:
-    """Views {"q", "k", "v"} of (B, N, 3 C), each (B, H, N, D)."""
-    by_head = qkv.unflatten(2, (3, relation_heads, -1)).permute(2, 0, 3, 1, 4)
-    return dict(zip("qkv", by_head.unbind(), strict=True))
-
-
-def _scale(qkv: Tensor, relation_heads: int) -> float:
-    return (qkv.shape[2] // (3 * relation_heads)) ** -0.5
-
-
 def _reference_losses(
     qkv_s: Tensor, qkv_t: Tensor, lengths: Tensor | None, relation_heads: int, relations: Sequence[str]
 ) -> dict[str, Tensor]:
-    student, teacher = _projections(qkv_s, relation_heads), _projections(qkv_t, relation_heads)
+    student, teacher = reference.projections(qkv_s, relation_heads), reference.projections(qkv_t, relation_heads)
     losses = {}
     for x, y in relations:
         rows = reference.relation_kl(
@@ -208,8 +215,8 @@ def _reference_losses(
             student[y],
             teacher[x],
             teacher[y],
-            scale_s=_scale(qkv_s, relation_heads),
-            scale_t=_scale(qkv_t, relation_heads),
+            scale_s=student[x].shape[3] ** -0.5,
+            scale_t=teacher[x].shape[3] ** -0.5,
             lengths=lengths,
         )
         losses[x + y] = reduce_rows(rows, lengths, "mean")

@@ -6,7 +6,7 @@ whole rows of the relations. In bits,
     a = scale_t * log2(e) * X_t Y_t^T        e_t = 2^a        l_t = sum over keys of e_t       (b, e_s, l_s alike)
     row = ln 2 * (sum of e_t (a - b) / l_t - log2 l_t + log2 l_s)
     dS  = (e_s - e_t l_s / l_t) / l_s        taken in fp32, before any rounding
-    dX  = scale_s * dS Y_s,  dY = scale_s * dS^T X_s          where x is y, their sum
+    dX  = scale_d * dS Y_s,  dY = scale_d * dS^T X_s          where x is y, their sum
 
 No row maximum is subtracted: it would cost a fifth of all instructions. The sums tell whether that was sound.
 Within 2^-60 and 2^60 nothing overflowed and what underflowed is below 2^-58 of the row; a program that sees another
@@ -59,6 +59,7 @@ def single_pass_kernel(
     projections,
     bits_s,
     bits_t,
+    scale_d,
     HEAD_DIM_S: tl.constexpr,
     HEAD_DIM_T: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
@@ -108,9 +109,9 @@ def single_pass_kernel(
         y_t_ptr + offs_k[:, None] * stride_t_n + offs_d_t[None, :], mask=mask_k & mask_d_t, other=0.0
     )  # (keys, D_t)
     GAIN: tl.constexpr = gain(y_s.dtype)
-    scale_s = bits_s * (LN_2 / GAIN)
     if weight_scales_ptr is not None:
-        scale_s *= tl.load(weight_scales_ptr + pid)
+        scale_d *= tl.load(weight_scales_ptr + pid)
+    scale_d *= 1.0 / GAIN
     if d_x_ptr is not None:
         d_x_ptr += image * stride_d_b + head * stride_d_h + x_p * stride_d_p
     if d_y_ptr is not None:
@@ -164,7 +165,7 @@ def single_pass_kernel(
                 d_logits = (e_s - e_t * ratio[:, None]) * factor[:, None]
                 d_logits = tl.where(live, d_logits, 0.0).to(y_s.dtype)  # (queries, keys)
         if d_x_ptr is not None:
-            d_x = tl.dot(d_logits, y_s, input_precision=PRECISION_S) * scale_s  # (queries, D_s)
+            d_x = tl.dot(d_logits, y_s, input_precision=PRECISION_S) * scale_d  # (queries, D_s)
             tl.store(
                 d_x_ptr + offs_q[:, None] * stride_d_n + offs_d_s[None, :],
                 d_x.to(d_x_ptr.dtype.element_ty),
@@ -176,7 +177,7 @@ def single_pass_kernel(
     if d_y_ptr is not None:
         d_y_ptrs = d_y_ptr + offs_k[:, None] * stride_d_n + offs_d_s[None, :]
         mask = (offs_k < num_tokens)[:, None] & mask_d_s
-        d_y *= scale_s
+        d_y *= scale_d
         if d_x_ptr is not None and x_p == y_p:  # one tensor's gradient: dX is already there
             # Written by other threads of this program. PTX has bar.sync, which orders memory within the block, between
             # the st.global above and this ld.global, which is none of the incoherent .nc kind.

@@ -4,8 +4,8 @@ Three launches, without atomics, so that repeat runs are bitwise equal. In bits,
 student's logits and the row maxima m and sums l built up tile by tile (online softmax):
 
     statistics  row = ln 2 * (w / l_t - log2 l_t + log2 l_s)   w = sum over keys of e_t ((a - m_t) - (b - m_s))
-    gradient    dX = scale_s * dS Y_s      a program has some queries and goes over the keys
-    gradient    dY = scale_s * dS^T X_s    a program has some keys and goes over the queries
+    gradient    dX = scale_d * dS Y_s      a program has some queries and goes over the keys
+    gradient    dY = scale_d * dS^T X_s    a program has some keys and goes over the queries
 
 Both gradients are one kernel, which computes dS again from the statistics:
 
@@ -152,6 +152,7 @@ def gradient_kernel(
     projections,
     bits_s,
     bits_t,
+    scale_d,
     HEAD_DIM_S: tl.constexpr,
     HEAD_DIM_T: tl.constexpr,
     BLOCK_OWN: tl.constexpr,
@@ -162,7 +163,7 @@ def gradient_kernel(
     PTX: tl.constexpr,
     OWN_KEYS: tl.constexpr,
 ):
-    """d_own = scale_s * dS other_s; the own tokens are queries, or with OWN_KEYS the keys and dS is transposed.
+    """d_own = scale_d * dS other_s; the own tokens are queries, or with OWN_KEYS the keys and dS is transposed.
 
     With `weights`, row i of dS is multiplied by weights[i] * weight_scales.
     """
@@ -182,10 +183,10 @@ def gradient_kernel(
     d_own_ptr += image * stride_d_b + head * stride_d_h + own_p * stride_d_p
     statistics_ptr += pid.to(tl.int64) * 4 * num_tokens
     GAIN: tl.constexpr = gain(x_s_ptr.dtype.element_ty)
-    scale_s = bits_s * (LN_2 / GAIN)
     if weights_ptr is not None:
         weights_ptr += pid.to(tl.int64) * num_tokens
-        scale_s *= tl.load(weight_scales_ptr + pid)
+        scale_d *= tl.load(weight_scales_ptr + pid)
+    scale_d *= 1.0 / GAIN
 
     offs_own = tl.program_id(1).to(tl.int64) * BLOCK_OWN + tl.arange(0, BLOCK_OWN)
     BLOCK_D_S: tl.constexpr = padded(HEAD_DIM_S)
@@ -243,7 +244,7 @@ def gradient_kernel(
         d_logits = (exp2(b - m_s, PTX) - exp2(a - m_t, PTX) * ratio) * inverse_s
         d_own = tl.dot((d_logits * GAIN).to(own_s.dtype), other_s, d_own, input_precision=PRECISION_S)
 
-    d_own *= scale_s
+    d_own *= scale_d
     if weights_ptr is not None and not OWN_KEYS:
         d_own *= tl.load(weights_ptr + offs_own, mask=mask_own, other=0.0)[:, None]
     mask = (offs_own < num_tokens)[:, None] & mask_d_s

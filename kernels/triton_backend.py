@@ -11,8 +11,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from tinymim_fast.kernels import tiles
+from tinymim_fast.kernels import replay, tiles
 from tinymim_fast.kernels.operands import Launch, Operands, padded, with_shared_strides
+from tinymim_fast.kernels.reference import projections
 
 Tile = tiles.SinglePassTile | tiles.TiledTile
 
@@ -51,10 +52,12 @@ def relation_kl(
     row_weights: Tensor | None = None,
     d_x: Tensor | None = None,
     d_y: Tensor | None = None,
+    gradient_scale: float = 1.0,
 ) -> Tensor | None:
     """As chunked.relation_kl, without a map in memory; fp32 row losses.
 
-    d_x and d_y have the same strides. Where x and y of one side have not, they are copied.
+    d_x and d_y have the same strides and get `gradient_scale` times the gradient. Where the strides of x and y of one
+    side differ, they are copied.
     """
     x_s, y_s = with_shared_strides(x_s, y_s)
     x_t, y_t = with_shared_strides(x_t, y_t)
@@ -70,46 +73,86 @@ def relation_kl(
         lengths=lengths,
         weights=row_weights,
         relations=((0, 0) if d_x is not None and d_x is d_y else (0, 1),),
+        gradient_scale=gradient_scale,
     )
     rows = run(operands)
     return None if rows is None else rows[0]
 
 
 def packed_relation_kl(
-    student: dict[str, Tensor],
-    teacher: dict[str, Tensor],
+    qkv_s: Tensor,
+    qkv_t: Tensor,
+    relation_heads: int,
     relations: Sequence[str],
     *,
-    scale_s: float,
-    scale_t: float,
     lengths: Tensor | None = None,
-    d_student: dict[str, Tensor] | None = None,
+    d_qkv: Tensor | None = None,
+    gradient_scale: float = 1.0,
 ) -> Tensor:
-    """As chunked.packed_relation_kl, all relations in one launch."""
-    d_q = None if d_student is None else d_student["q"]
-    operands = Operands(
-        x_s=student["q"],
-        y_s=student["q"],
-        x_t=teacher["q"],
-        y_t=teacher["q"],
-        d_x=d_q,
-        d_y=d_q,
-        scale_s=scale_s,
-        scale_t=scale_t,
-        lengths=lengths,
-        relations=tuple(("qkv".index(x), "qkv".index(y)) for x, y in relations),
-        stride_s_p=_projection_stride(student),
-        stride_t_p=_projection_stride(teacher),
-        stride_d_p=0 if d_student is None else _projection_stride(d_student),
+    """As chunked.packed_relation_kl, all relations in one launch, and replayed: row losses (relations, B, H, N)."""
+    lengths = None if lengths is None else lengths.contiguous()
+    tensors = {"x_s_ptr": qkv_s, "y_s_ptr": qkv_s, "x_t_ptr": qkv_t, "y_t_ptr": qkv_t}
+    tensors |= {"d_x_ptr": d_qkv, "d_y_ptr": d_qkv, "lengths_ptr": lengths}
+    key = (
+        *(_geometry(z) for z in (qkv_s, qkv_t, lengths, d_qkv)),
+        relation_heads,
+        tuple(relations),
+        gradient_scale,
+        torch.get_float32_matmul_precision(),
     )
-    return run(operands)
+
+    def plan_packed() -> list[Launch]:
+        student, teacher = (projections(qkv, relation_heads) for qkv in (qkv_s, qkv_t))
+        d_q = None if d_qkv is None else projections(d_qkv, relation_heads)["q"]
+        operands = Operands(
+            x_s=student["q"],
+            y_s=student["q"],
+            x_t=teacher["q"],
+            y_t=teacher["q"],
+            d_x=d_q,
+            d_y=d_q,
+            scale_s=student["q"].shape[3] ** -0.5,
+            scale_t=teacher["q"].shape[3] ** -0.5,
+            lengths=lengths,
+            relations=tuple(("qkv".index(x), "qkv".index(y)) for x, y in relations),
+            stride_s_p=qkv_s.shape[2] // 3,
+            stride_t_p=qkv_t.shape[2] // 3,
+            stride_d_p=qkv_s.shape[2] // 3,
+            gradient_scale=gradient_scale,
+        )
+        return plan(operands, choose_tile(operands))[1]
+
+    with _on(qkv_s.device):
+        return replay.run(key, tensors, plan_packed).transpose(0, 1)
+
+
+def rescale(
+    gradient: Tensor, upstream: Tensor, relations: tuple[int, ...], count: float | Tensor, width: int | None = None
+) -> None:
+    """gradient *= upstream / count in place; where that is 1, a launch and no pass over memory, without a sync.
+
+    Args:
+        gradient: dense, of rows of `width` elements (all in one if None); row i is of part i % len(relations).
+        upstream: (R,) or ().
+        relations: of each part, which of `upstream` is its factor.
+        count: a number, or a tensor of one.
+    """
+    from tinymim_fast.kernels import rescale as kernel
+
+    width = width or gradient.numel()
+    upstream = upstream.float()
+    on_device = isinstance(count, Tensor)
+    count = count.float() if on_device else count
+    tensors = {"gradient_ptr": gradient, "upstream_ptr": upstream, "count_ptr": count if on_device else None}
+    key = ("rescale", *map(_geometry, tensors.values()), relations, None if on_device else count, width)
+    with _on(gradient.device):
+        replay.run(key, tensors, lambda: kernel.launches(gradient, upstream, relations, count, width))
 
 
 def run(operands: Operands, tile: Tile | None = None) -> Tensor | None:
     """Row losses (relations, B, H, N), None with row weights; `tile` is the checked-in one if None."""
     rows, launches = plan(operands, tile or choose_tile(operands))
-    device = operands.x_s.device
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+    with _on(operands.x_s.device):
         for launch in launches:
             launch.run()
     return rows
@@ -143,24 +186,23 @@ def problem(operands: Operands, arch: str | None = None) -> tiles.Problem:
     )
 
 
-def why_not(x_s: Tensor, x_t: Tensor) -> str | None:
-    """Why this backend cannot take the tensors (B, H, N, D); None if it can."""
+def why_not(device: torch.device, dtypes: Sequence[torch.dtype], head_dims: Sequence[int]) -> str | None:
+    """Why this backend cannot take tensors (B, H, N, D) of these dtypes and widths D; None if it can."""
     if TRITON_VERSION is None:
         return "but triton is not installed"
     if TRITON_VERSION < OLDEST_TRITON:
         got, want = (".".join(map(str, version)) for version in (TRITON_VERSION, OLDEST_TRITON))
         return f"but triton is {got}; it needs at least {want}, which torch 2.9 brings"
-    device = x_s.device
     if device.type != "cuda" and not (device.type == "cpu" and INTERPRETED):
         return (
             f"on {device}; it runs on CUDA and ROCm devices, and on the CPU in Triton's interpreter, "
             "for which TRITON_INTERPRET=1 must be in the environment from the start"
         )
-    for z in (x_s, x_t):
-        if z.dtype not in DTYPES:
-            return f"on {z.dtype}; it takes fp32, fp16 and bf16"
-        if z.shape[3] > MAX_HEAD_DIM:
-            return f"on heads of width {z.shape[3]}; it takes at most {MAX_HEAD_DIM}"
+    for dtype in dtypes:
+        if dtype not in DTYPES:
+            return f"on {dtype}; it takes fp32, fp16 and bf16"
+    if max(head_dims) > MAX_HEAD_DIM:
+        return f"on heads of width {max(head_dims)}; it takes at most {MAX_HEAD_DIM}"
     return None
 
 
@@ -174,5 +216,13 @@ def _arch(device: torch.device) -> str | None:
     return f"sm_{properties.major}{properties.minor}"
 
 
-def _projection_stride(projections: dict[str, Tensor]) -> int:
-    return projections["k"].storage_offset() - projections["q"].storage_offset()
+def _geometry(z: Tensor | None) -> tuple | None:
+    """What of a tensor a plan depends on."""
+    return None if z is None else (z.shape, z.stride(), z.dtype, z.device)
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager:
+    """Triton launches on the current device."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(device)

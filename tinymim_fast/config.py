@@ -247,7 +247,7 @@ def name_flags(kind: type[RunConfig]) -> AbstractContextManager[None]:
 
 
 def _normalise(argv: Sequence[str], names: Sequence[str]) -> list[str]:
-    """Dashes to underscores in flag names, recipe names to paths, launcher's flags out; recipes are read once, for errors."""
+    """Dashes to underscores in flag names, recipe names to paths, launcher's flags out; recipes are read for errors."""
     args = [re.sub(r"^--[^=]+", lambda m: "--" + m[0][2:].replace("-", "_"), a) for a in argv]
     args = [a for a in args if not a.startswith("--local_rank")]  # DeepSpeed's launcher adds it; the environment has it
     for i, arg in enumerate(args):

@@ -373,7 +373,7 @@ def save_state(folder: Path, state: Mapping[str, torch.Tensor], client_state: Ma
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """DeepSpeed prints memory reports while it sets up, and collects garbage before each, 0.3 s: of new objects only."""
+    """DeepSpeed prints memory reports while it sets up, with a garbage collection each: here of new objects only."""
     gc.freeze()
     try:
         with contextlib.redirect_stdout(io.StringIO()):

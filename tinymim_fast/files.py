@@ -6,6 +6,7 @@ that holds it is synced, so that neither a kill nor a power cut leaves half of i
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import secrets
@@ -40,15 +41,17 @@ def whole_file(path: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def whole_folder(path: str | Path) -> Iterator[Path]:
-    """An empty temporary folder to fill; it becomes `path`, which must be empty or missing, at the end of the with block.
+    """An empty temporary folder to fill; it becomes `path`, which must be empty or missing, as the with block ends.
 
-    An exception inside leaves nothing behind.
+    An exception inside leaves nothing behind. The current folder stays the same one, since a shell stands in it: what
+    was made is moved into it, one name after the other.
 
     Raises:
         OSError: the folder can't be written, or `path` holds something.
     """
-    path = Path(path)
-    temporary = _beside(path)
+    path = Path(path).absolute()
+    stay = path.is_dir() and path.samefile(os.curdir)
+    temporary = _beside(path / path.name) if stay else _beside(path)
     try:
         temporary.mkdir(parents=True)
         yield temporary
@@ -56,8 +59,15 @@ def whole_folder(path: str | Path) -> Iterator[Path]:
             for name in names:
                 _sync(os.path.join(folder, name))
             _sync(folder)
-        os.rename(temporary, path)
-        _sync(path.parent)
+        if stay:
+            if len(os.listdir(path)) > 1:
+                raise FileExistsError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), str(path))
+            for made in sorted(temporary.iterdir()):
+                os.rename(made, path / made.name)
+            _sync(path)
+        else:
+            os.rename(temporary, path)
+            _sync(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

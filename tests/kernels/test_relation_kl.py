@@ -177,6 +177,35 @@ def test_second_derivative_is_refused_not_wrong():
     assert torch.autograd.gradgradcheck(lambda x: relation_kl(x, y_s, x_t, y_t, backend="reference"), (x_s,))
 
 
+def test_forward_mode_is_right_or_refused():
+    """As a tangent of x_s or of the teacher, and by torch.func; the fused backends' would be 0."""
+    x_s, y_s, x_t, y_t = inputs((1, 1, 4, 3, 3), torch.float64)
+    tangent = torch.ones_like(x_s)
+    exact = torch.func.jvp(lambda x: relation_kl(x, y_s, x_t, y_t, backend="reference"), (x_s,), (tangent,))[1]
+    x_s.requires_grad_()
+    (grad,) = torch.autograd.grad(relation_kl(x_s, y_s, x_t, y_t), x_s)
+    torch.testing.assert_close(exact, (grad * tangent).sum())
+    for reduction in ("mean", "none"):
+        for function in (lambda x: relation_kl(x, y_s, x_t, y_t), lambda x: relation_kl(x_s.detach(), y_s, x, y_t)):
+            with pytest.raises(RuntimeError, match="tangent of forward-mode"):
+                torch.func.jvp(function, (x_t,), (tangent,))
+        with torch.autograd.forward_ad.dual_level(), pytest.raises(RuntimeError, match="tangent of forward-mode"):
+            relation_kl(torch.autograd.forward_ad.make_dual(x_t, tangent), y_s, x_t, y_t, reduction=reduction)
+    with pytest.raises(RuntimeError, match=r"first derivatives only|functorch"):
+        torch.func.grad(lambda x: relation_kl(x, y_s, x_t, y_t))(x_t)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_teacher_under_inference_mode(backend, reduction):
+    x_s, y_s, x_t, y_t = inputs((2, 2, 6, 3, 5))
+    kwargs = {"reduction": reduction, "backend": backend}
+    expected = loss_and_grads(relation_kl, x_s, y_s, x_t, y_t, **kwargs)
+    with torch.inference_mode():
+        x_t, y_t = x_t.clone(), y_t.clone()
+    assert all(torch.equal(a, b) for a, b in zip(loss_and_grads(relation_kl, x_s, y_s, x_t, y_t, **kwargs), expected))
+
+
 def test_repeat_runs_are_bitwise_equal():
     tensors = inputs((2, 12, 197, 16, 64))
     for a, b in zip(loss_and_grads(relation_kl, *tensors), loss_and_grads(relation_kl, *tensors)):
@@ -279,7 +308,7 @@ def test_non_finite_input_shows_in_the_loss(backend, value, which):
 
 @pytest.mark.parametrize("num_tokens", [197, 1100])  # several heads in a chunk; one map beyond CPU_MAP_BYTES
 def test_three_maps_are_alive(num_tokens, loops):
-    """No tensor holds more maps than the chunk's three, and there is one of that size; the compiled loops hold no map."""
+    """No tensor holds more maps than the chunk's three, and there is one of that size; the compiled loops hold none."""
     sizes = []
 
     class Allocations(TorchDispatchMode):

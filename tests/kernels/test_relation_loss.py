@@ -116,6 +116,22 @@ def test_without_gradient_none_is_computed():
         assert torch.equal(relation_loss(qkv_s.requires_grad_(), qkv_t, relation_heads=3)["loss"], plain)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_teacher_under_inference_mode(backend):
+    qkv_s, qkv_t = packed((2, 10, 3, 4, 8))
+    expected = loss_and_grad(relation_loss, qkv_s, qkv_t, relation_heads=3, backend=backend)
+    with torch.inference_mode():
+        qkv_t = qkv_t.clone()
+    ours = loss_and_grad(relation_loss, qkv_s, qkv_t, relation_heads=3, backend=backend)
+    assert all(torch.equal(a, b) for a, b in zip(ours, expected))
+
+
+def test_forward_mode_is_refused_not_zero():
+    qkv_s, qkv_t = packed((2, 10, 3, 4, 8), torch.float64)
+    with pytest.raises(RuntimeError, match=r"^qkv_s: got a tangent"):
+        torch.func.jvp(lambda qkv: relation_loss(qkv, qkv_t, relation_heads=3)["loss"], (qkv_s,), (qkv_s,))
+
+
 def test_backward_twice():
     qkv_s, qkv_t = packed((2, 10, 3, 4, 8))
     loss = relation_loss(qkv_s.requires_grad_(), qkv_t, relation_heads=3)["loss"]

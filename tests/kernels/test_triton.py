@@ -523,7 +523,7 @@ def test_rocm_is_dispatched_to_triton_without_ptx(monkeypatch):
     try:
         with FakeTensorMode():
             x = torch.empty(2, 3, 197, 16, dtype=torch.bfloat16, device="cuda")
-            assert backends.resolve("auto", x, x) == "triton"
+            assert backends.resolve("auto", x.device, (x.dtype, x.dtype), (16, 16)) == "triton"
             operands = triton_backend.Operands(x_s=x, y_s=x, x_t=x, y_t=x, d_x=x, d_y=x, scale_s=1.0, scale_t=1.0)
             assert triton_backend.problem(operands).arch == "gfx942"
             _, launches = triton_backend.plan(operands, triton_backend.choose_tile(operands))

@@ -201,3 +201,13 @@ def test_the_name_of_another_size_is_refused(state, tmp_path):
         load_encoder(path)
     with pytest.raises(InputError, match=r"model: got vit_tiny_patch16_224, but .* holds a vit_small_patch16_224"):
         load_encoder(path, model=TINY)
+
+
+def test_a_deit_with_a_distillation_token_is_timms(tmp_path):
+    torch.manual_seed(0)
+    deit = timm.create_model("deit_tiny_distilled_patch16_224").eval()
+    torch.save({"model": deit.state_dict()}, tmp_path / "deit.pth")
+    vit, info = load_encoder(str(tmp_path / "deit.pth"))
+    assert info.architecture == "deit_tiny_distilled_patch16_224" and vit.num_prefix_tokens == 2
+    images = torch.randn(1, 3, 224, 224)
+    assert torch.equal(vit.eval()(images), deit(images))

@@ -82,7 +82,8 @@ def test_ranks_zero_stages_and_accumulation_train_the_same_way(world, image_fold
 def test_what_a_run_leaves(uninterrupted):
     folder, _ = uninterrupted
     assert {p.name for p in folder.iterdir()} == {
-        "checkpoints", "config.yaml", "curves.png", "deepspeed_config.json", "index.npz", "metrics.jsonl", "run.lock", "tensorboard"
+        "checkpoints", "config.yaml", "curves.png", "deepspeed_config.json", "index.npz", "metrics.jsonl", "run.lock",
+        "tensorboard"
     }  # fmt: skip
     assert [p.name for p in sorted((folder / "checkpoints").iterdir())] == ["step_00000045", "step_00000048"]
     record = read_metrics(folder)[3]

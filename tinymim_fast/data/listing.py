@@ -135,7 +135,8 @@ def _decide(found: _Listing, named: list[str], others: list[str]) -> Layout:
     if found.tars and images:
         raise DataError(
             f"got {found.folder}, which can be read as shards ({name_some((p.name for p in found.tars), 3)}) or as "
-            f"images ({name_some(images, 3)}); say shards, or {'splits' if named else 'classes'}, or move one of them away",
+            f"images ({name_some(images, 3)}); say shards, or {'splits' if named else 'classes'}, or move one of them "
+            "away",
             argument="layout",
         )
     if named and others:

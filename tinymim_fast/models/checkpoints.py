@@ -132,10 +132,10 @@ def load_encoder(
         return _load_timm(source, model=model, kwargs=asked, img_size=img_size)
     path = find_weights(Path(local))
     content = read_file(path)
-    state = find_encoder(content, path, key)
-    refuse_star(state, path)
     info = _described(content, path) or _timm_folder(path.parent)
+    state = content.tensors if info is not None and key is None else find_encoder(content, path, key)
     if info is None:
+        refuse_star(state, path)
         info = _told_by_file(content, state, path, model)
     elif model is not None and model != info.architecture:
         raise InputError(f"got {model}, but {source} holds a {info.architecture}; leave it out", argument="model")
@@ -328,7 +328,8 @@ def _guess_architecture(state: Mapping[str, torch.Tensor], path: Path) -> str:
         )
     width, patch = proj.shape[0], proj.shape[-1]
     depth = len({k.split(".")[1] for k in state if k.startswith("blocks.")})
-    name = f"vit_{SIZES.get((width, depth))}_patch{patch}_224"
+    family = "deit_{}_distilled" if "dist_token" in state else "vit_{}"
+    name = f"{family.format(SIZES.get((width, depth)))}_patch{patch}_224"
     if not timm.is_model(name):
         raise InputError(
             f"{path} holds {depth} blocks of width {width}, patch {patch}, which no timm name tells; say what it is",

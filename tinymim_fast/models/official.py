@@ -18,7 +18,7 @@ from tinymim_fast.errors import InputError
 
 # Heads of each block, by size.
 PRETRAINING_HEADS = {"tiny": [6] * 11 + [12], "small": [6] * 11 + [12], "base": [12] * 11 + [16]}
-STAR_KEYS = ("dist_token", "conv1x1.0.weight", "conv1x1.1.weight")
+WIDER_LAYER = "conv1x1.1.weight"
 CLASSIFIER = ("head.weight", "fc_norm.weight")
 
 
@@ -67,13 +67,11 @@ def refuse_star(state: Mapping[str, torch.Tensor], path: object) -> None:
     Raises:
         InputError: argument "source".
     """
-    found = [key for key in STAR_KEYS if key in state]
-    if found:
-        which = "TinyMIM*-T" if len(found) > 1 else "DeiT with distillation"
+    if WIDER_LAYER in state:
+        shape = tuple(state[WIDER_LAYER].shape)
         raise InputError(
-            f"{path}: has {found[0]}, {tuple(state[found[0]].shape)}, the layout of {which} (a distillation token"
-            f"{', a wider layer before the head' if len(found) > 1 else ''}), which can't be loaded yet; take a model "
-            "without it",
+            f"{path}: has {WIDER_LAYER}, {shape}, the layout of TinyMIM*-T (a distillation token, a wider layer before "
+            "the head), which can't be loaded yet; take TinyMIM-T without the star",
             argument="source",
         )
 

@@ -136,9 +136,10 @@ def init_mae_style(model: nn.Module, *, pos_embed: str) -> None:
         elif isinstance(module, nn.LayerNorm):
             module.reset_parameters()
     patches = model.patch_embed.proj
-    nn.init.xavier_uniform_(patches.weight.view(patches.weight.shape[0], -1))
-    if patches.bias is not None:
-        nn.init.zeros_(patches.bias)
+    if not isinstance(patches, nn.Identity):  # of a hybrid whose convolutions end in the blocks' width
+        nn.init.xavier_uniform_(patches.weight.view(patches.weight.shape[0], -1))
+        if patches.bias is not None:
+            nn.init.zeros_(patches.bias)
     for token in (model.cls_token, model.reg_token):
         if token is not None:
             nn.init.normal_(token, std=0.02)

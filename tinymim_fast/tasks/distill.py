@@ -27,8 +27,8 @@ class DistillConfig(RunConfig):
         teacher_checkpoint: an official MAE or TinyMIM `.pth`, a checkpoint or export of this package (folder or
             file), or `timm:NAME` for timm's own weights.
         student_model: timm name of a VisionTransformer.
-        student_model_kwargs: passed to `timm.create_model`, e.g. `{"reg_tokens": 4}`; `num_heads` may be a list, one number for
-            each block.
+        student_model_kwargs: passed to `timm.create_model`, e.g. `{"reg_tokens": 4}`; `num_heads` may be a list, one
+            number for each block.
         student_pos_embed: "sincos", fixed as in MAE, or "learn".
         teacher_model: timm name of the teacher; read from the checkpoint where that says it.
         teacher_model_kwargs: passed to `timm.create_model`; `num_heads` may be a list, one number for each block.

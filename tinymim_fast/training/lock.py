@@ -18,9 +18,9 @@ PATIENCE_S = 5  # for a run that is just ending
 
 
 class RunLock:
-    """Held by rank 0 through `OUTPUT_DIR/run.lock`, which says by which process and where; the kernel releases it with it.
+    """Held by rank 0 through `OUTPUT_DIR/run.lock`, which says which process holds it; the kernel releases it.
 
-    A POSIX record lock: processes that are forked from the run don't hold it, and on NFS it holds on other machines too.
+    A POSIX record lock: processes that are forked from the run don't hold it, and on NFS it holds between machines.
 
     Args:
         output_dir: of the run; need not exist yet.
@@ -52,7 +52,8 @@ class RunLock:
                 holder = os.read(descriptor, 4096).decode(errors="replace")
                 os.close(descriptor)
                 raise InputError(
-                    f"{self._path.parent}: another run is training here ({_told(holder)}); stop it, or choose another folder",
+                    f"{self._path.parent}: another run is training here ({_told(holder)}); stop it, or choose another "
+                    "folder",
                     argument="output_dir",
                 ) from None
             except OSError as error:

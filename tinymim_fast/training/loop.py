@@ -182,7 +182,7 @@ def train(
 def _prepare_folder(
     lock: RunLock, config: RunConfig, ds_config: dict[str, Any], index: ImageIndex, damaged: Sequence[Path]
 ) -> None:
-    """Folder, resolved configuration, list of images; what a killed run left unfinished goes, damaged checkpoints aside."""
+    """Folder, configuration, list of images; what a killed run left unfinished goes, damaged checkpoints aside."""
     output_dir = Path(config.output_dir)
     try:
         (output_dir / checkpoints.FOLDER).mkdir(parents=True, exist_ok=True)

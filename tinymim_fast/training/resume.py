@@ -74,8 +74,8 @@ def _newest_good(candidates: list[Path], *, verify: bool) -> Found:
         damaged[checkpoint] = why
     if damaged:
         raise InputError(
-            f"every checkpoint is damaged: {'; '.join(f'{path} ({why})' for path, why in damaged.items())}. Restore one, or "
-            "choose another folder to start anew",
+            f"every checkpoint is damaged: {'; '.join(f'{path} ({why})' for path, why in damaged.items())}. "
+            "Restore one, or choose another folder to start anew",
             argument="output_dir",
         )
     return Found(None)

@@ -1,8 +1,8 @@
 """What asks a run to stop before its end, and the thread that sees to it that it does, whatever it hangs in.
 
-A signal is taken at once while the run starts, and at the end of a step once it trains, when all ranks have agreed to
-stop, save and end. Python handles signals between its own instructions only: a thread that reads the wake-up pipe ends a
-process that a signal can't reach, because it waits for data, for another rank, or in a library.
+A signal is taken at once while the run starts, and at the end of a step once it trains, when all ranks have agreed
+to stop, save and end. Python handles signals between its own instructions only: a thread that reads the wake-up pipe
+ends a process that a signal can't reach, because it waits for data, for another rank, or in a library.
 """
 
 from __future__ import annotations

@@ -59,7 +59,7 @@ def without_prefix(state: Mapping[str, torch.Tensor], prefix: str) -> dict[str, 
 
 
 def saved_buffers(model: nn.Module, names: Container[str]) -> dict[str, torch.Tensor]:
-    """What training changes without a gradient: BatchNorm's statistics as they are now, fp32, those of rank 0 where it saves.
+    """What training changes without a gradient: BatchNorm's statistics as they are now, fp32, rank 0's where it saves.
 
     Args:
         model: the trained part of a model, as the engine holds it.
