@@ -20,6 +20,7 @@ from tinymim_fast.files import remove_unfinished, write_text
 from tinymim_fast.models.checkpoints import latest_checkpoint
 from tinymim_fast.training import checkpoint as checkpoints
 from tinymim_fast.training import resume
+from tinymim_fast.training.compilation import Compiler, wanted
 from tinymim_fast.training.lock import RunLock
 from tinymim_fast.training.metrics import Recorder, plot_curves
 from tinymim_fast.training.progress import Progress
@@ -27,6 +28,7 @@ from tinymim_fast.training.schedule import lr_schedule
 from tinymim_fast.training.step import TrainStep
 from tinymim_fast.training.stop import StopRequests, reason_of
 from tinymim_fast.training.task import Task
+from tinymim_fast.training.tracing import Tracer
 
 logger = logging.getLogger("tinymim_fast")
 # What ranks agree on, the larger winning; above STOP come the reasons of `StopRequests`.
@@ -93,8 +95,10 @@ def train(
             bad_files=bad_files,
             dali_kwargs=config.dali_kwargs,
         )
-    with loader:
+    with loader, Compiler() as compiler:
         steps_per_epoch = loader.steps_per_epoch
+        regions = task.regions if wanted(config.compile, world.device) else ()
+        compiler.compile(regions)
         with refusals(config.deepspeed_config):
             engine = Engine(
                 task.model,
@@ -104,6 +108,7 @@ def train(
                 weight_decay=config.weight_decay,
                 opt_betas=config.opt_betas,
                 seed=config.seed,
+                regions=regions,
             )
         step, total_steps = 0, steps_per_epoch * config.epochs
         seed_rank(config.seed, step, world.rank)
@@ -127,6 +132,7 @@ def train(
             tensorboard=config.tensorboard,
             enabled=world.is_main,
         )
+        tracer = Tracer(output_dir, config.profile if world.is_main else 0)
         agreement = None  # on what ranks asked for in the step before
         micro_batches = progress.timed(loader.batches(step, total_steps - step), stop)
         stop.last_checkpoint = str(checkpoint or "none")
@@ -138,6 +144,9 @@ def train(
                 step += 1
                 stop.now("training")
                 recorder.advance()
+                progress.leave_out(compiler.after_step())
+                with progress.paused():
+                    tracer.after_step()
                 last = step == total_steps
 
                 # SYNC, host: what ranks asked for a step ago. Nobody waits, and all stop or save at the same step.
@@ -172,6 +181,7 @@ def train(
                 "Lower lr_base, lengthen warmup_epochs, or try bf16: false"
             ) from error
         finally:
+            tracer.close()
             recorder.close()
             lock.release()
     if world.is_main:
