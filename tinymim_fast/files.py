@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import logging
 import os
 import secrets
 import shutil
@@ -15,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+logger = logging.getLogger("tinymim_fast")
 PREFIX = "tmp_"
 CHECKSUMS = "SHA256SUMS"
 
@@ -105,6 +107,21 @@ def remove_unfinished(folder: str | Path) -> None:
             shutil.rmtree(path)
         else:
             path.unlink()
+
+
+def set_aside(path: str | Path) -> Path:
+    """Give what stands in the way another name, which it returns: nothing of a user's is removed."""
+    path = Path(path)
+    other = path.with_name(f"aside_{path.name}_{secrets.token_hex(4)}")
+    os.rename(path, other)
+    logger.warning("%s is not what should be there; it is called %s now", path, other.name)
+    return other
+
+
+def free_mib(folder: str | Path) -> int:
+    """Free space, MiB, of the file system that `folder` is or would be on."""
+    folder = Path(folder).absolute()
+    return shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free >> 20
 
 
 def write_checksums(folder: str | Path) -> None:

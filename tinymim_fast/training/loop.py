@@ -16,7 +16,7 @@ from tinymim_fast.data.bad_files import BadFiles
 from tinymim_fast.distributed import World, seed_rank
 from tinymim_fast.engine import Engine, deepspeed_config, refusals
 from tinymim_fast.errors import InputError, NonFiniteLossError, Terminated, flags
-from tinymim_fast.files import remove_unfinished, write_text
+from tinymim_fast.files import remove_unfinished, set_aside, write_text
 from tinymim_fast.models.checkpoints import latest_checkpoint
 from tinymim_fast.training import checkpoint as checkpoints
 from tinymim_fast.training import resume
@@ -31,6 +31,7 @@ from tinymim_fast.training.task import Task
 from tinymim_fast.training.tracing import Tracer
 
 logger = logging.getLogger("tinymim_fast")
+DS_CONFIG = "deepspeed_config.json"
 # What ranks agree on, the larger winning; above STOP come the reasons of `StopRequests`.
 SAVE, STOP, TOO_MANY_BAD = 1, 2, 100
 
@@ -186,7 +187,10 @@ def train(
             lock.release()
     if world.is_main:
         logger.info("done: %s", latest_checkpoint(output_dir))
-        plot_curves(output_dir, task.parts)
+        try:
+            plot_curves(output_dir, task.parts)
+        except OSError as error:
+            logger.warning("%s: the picture of the curves can't be written: %s", output_dir, error)
 
 
 def _prepare_folder(
@@ -200,9 +204,12 @@ def _prepare_folder(
         for folder in (output_dir, output_dir / checkpoints.FOLDER):
             remove_unfinished(folder)
         for checkpoint in damaged:
-            checkpoints.set_aside(checkpoint)
+            set_aside(checkpoint)
+        for name in (resume.CONFIG, DS_CONFIG, resume.INDEX):
+            if (output_dir / name).is_dir():
+                set_aside(output_dir / name)
         write_text(output_dir / resume.CONFIG, to_yaml(config))
-        write_text(output_dir / "deepspeed_config.json", json.dumps(ds_config, indent=2) + "\n")
+        write_text(output_dir / DS_CONFIG, json.dumps(ds_config, indent=2) + "\n")
         index.save(output_dir / resume.INDEX)
     except OSError as error:
         raise InputError(f"{output_dir} can't be written: {error}", argument="output_dir") from error
