@@ -42,6 +42,9 @@ def test_full_disk_while_saving_keeps_the_last_checkpoint(
     assert len(losses(tmp_path / "run")) == 18
 
 
+@pytest.mark.fault(
+    "a copy, an empty folder or half a checkpoint in `checkpoints/`", "never resumed from, exported or deleted"
+)
 def test_unfinished_checkpoints_of_a_killed_run_are_not_taken(world, image_folder, teacher_file, tmp_path):
     flags = distill_flags(image_folder, teacher_file, tmp_path / "run", epochs=1)
     (tmp_path / "run" / "checkpoints" / "tmp_step_00000003").mkdir(parents=True)
@@ -64,6 +67,9 @@ def test_an_old_checkpoint_that_cant_be_removed_is_a_warning(
     assert len(losses(tmp_path / "run")) == 6
 
 
+@pytest.mark.fault(
+    "a copy, an empty folder or half a checkpoint in `checkpoints/`", "never resumed from, exported or deleted"
+)
 def test_pruning_leaves_what_is_no_checkpoint(world, image_folder, teacher_file, tmp_path):
     folder = tmp_path / "run" / "checkpoints"
     for name in ("step_00000001_backup", "step_backup"):

@@ -101,6 +101,7 @@ def test_a_finished_run_does_nothing_more(world, uninterrupted, image_folder, te
     assert (folder / "metrics.jsonl").read_text() == before
 
 
+@pytest.mark.fault("the loss becomes NaN or Inf", "code 3; step, rank and the last good checkpoint are named")
 def test_a_bad_loss_is_found_at_the_next_report(world, image_folder, teacher_file, tmp_path, monkeypatch):
     """The host looks at losses every `log_interval` steps only, and then names the step that was bad."""
 
