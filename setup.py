@@ -1,11 +1,12 @@
 """Packaging: `tinymim_fast`, with the folder kernels/ installed as `tinymim_fast.kernels`."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
-VERSION = (HERE / "tinymim_fast" / "version.py").read_text().split('"')[1]
+VERSION = re.search(r'__version__ = "(.+)"', (HERE / "tinymim_fast" / "version.py").read_text())[1]
 
 TRAIN = [
     "timm>=1.0.31,<1.1",

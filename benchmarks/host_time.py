@@ -23,7 +23,7 @@ from tinymim_fast.kernels import relation_loss, triton_backend
 SHAPE = (2, 17, 3 * 3 * 16)  # (B, N, 3 C)
 
 
-class NoDevice:
+class _NoDevice:
     """A Triton driver for a GPU that is not there: compiles for sm_90, loads and launches nothing."""
 
     class launcher_cls:
@@ -72,13 +72,14 @@ def step_us(step, repeats: int) -> list[float]:
 
 
 def main() -> None:
+    """Prints three medians."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=2000)
     args = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
         sys.exit("TRITON_INTERPRET: got 1, want it unset: interpreted kernels have no launch to count")
     torch.set_num_threads(1)
-    triton.runtime.driver.set_active(NoDevice())
+    triton.runtime.driver.set_active(_NoDevice())
     triton_backend.INTERPRETED = True  # takes tensors on the CPU
 
     qkv_s = torch.randn(SHAPE, dtype=torch.bfloat16, requires_grad=True)

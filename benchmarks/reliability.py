@@ -1,7 +1,7 @@
 """The README's reliability table, from the tests that are marked with the fault they show and from the trial of record.
 
-A test carries its row: `@pytest.mark.fault("what happens to the run", "what comes of it")`. It counts as many tries as it has
-parameters, or as its `tries=N` says; tests of one fault are added up. `tests/soak.py` writes results/soak.csv.
+A test carries its row: `@pytest.mark.fault("what happens to the run", "what comes of it")`. It counts as many tries as
+it has parameters, or as its `tries=N` says; tests of one fault are added up. `tests/soak.py` writes results/soak.csv.
 """
 
 import ast

@@ -6,8 +6,8 @@ if __name__ == "tinymim_fast.kernels":
 
     __all__ = ["RelationLoss", "relation_kl", "relation_loss"]
 else:
-    # From a checkout, who looks for another package called "kernels" (transformers does) finds this folder: it is there,
-    # and nothing of ours can be taken from it, for a second copy would register the ops twice.
+    # From a checkout, who looks for another package called "kernels" (transformers does) finds this folder: it is
+    # there, and nothing of ours can be taken from it, for a second copy would register the ops twice.
     __path__ = []
 
     def __getattr__(name: str) -> None:

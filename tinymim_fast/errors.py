@@ -11,7 +11,7 @@ EXIT_TERMINATED = 75  # SIGTERM: saved; start the same command again to go on (E
 
 
 def printable(text: str) -> str:
-    """`text` with what could move a terminal's cursor or break a line written as an escape, e.g. in a hostile file name."""
+    """`text`, of a hostile file's name, with what could move the cursor or break a line written as an escape."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
 
 

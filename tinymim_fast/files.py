@@ -6,6 +6,9 @@ that holds it is synced, so that neither a kill nor a power cut leaves half of i
 
 from __future__ import annotations
 
+import errno
+import hashlib
+import logging
 import os
 import secrets
 import shutil
@@ -13,7 +16,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+logger = logging.getLogger("tinymim_fast")
 PREFIX = "tmp_"
+CHECKSUMS = "SHA256SUMS"
 
 
 @contextmanager
@@ -38,15 +43,17 @@ def whole_file(path: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def whole_folder(path: str | Path) -> Iterator[Path]:
-    """An empty temporary folder to fill; it becomes `path`, which must be empty or missing, at the end of the with block.
+    """An empty temporary folder to fill; it becomes `path`, which must be empty or missing, as the with block ends.
 
-    An exception inside leaves nothing behind.
+    An exception inside leaves nothing behind. The current folder stays the same one, since a shell stands in it: what
+    was made is moved into it, one name after the other.
 
     Raises:
         OSError: the folder can't be written, or `path` holds something.
     """
-    path = Path(path)
-    temporary = _beside(path)
+    path = Path(path).absolute()
+    stay = path.is_dir() and path.samefile(os.curdir)
+    temporary = _beside(path / path.name) if stay else _beside(path)
     try:
         temporary.mkdir(parents=True)
         yield temporary
@@ -54,8 +61,15 @@ def whole_folder(path: str | Path) -> Iterator[Path]:
             for name in names:
                 _sync(os.path.join(folder, name))
             _sync(folder)
-        os.rename(temporary, path)
-        _sync(path.parent)
+        if stay:
+            if len(os.listdir(path)) > 1:
+                raise FileExistsError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), str(path))
+            for made in sorted(temporary.iterdir()):
+                os.rename(made, path / made.name)
+            _sync(path)
+        else:
+            os.rename(temporary, path)
+            _sync(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -93,6 +107,65 @@ def remove_unfinished(folder: str | Path) -> None:
             shutil.rmtree(path)
         else:
             path.unlink()
+
+
+def set_aside(path: str | Path) -> Path:
+    """Give what stands in the way another name, which it returns: nothing of a user's is removed."""
+    path = Path(path)
+    other = path.with_name(f"aside_{path.name}_{secrets.token_hex(4)}")
+    os.rename(path, other)
+    logger.warning("%s is not what should be there; it is called %s now", path, other.name)
+    return other
+
+
+def free_mib(folder: str | Path) -> int:
+    """Free space, MiB, of the file system that `folder` is or would be on."""
+    folder = Path(folder).absolute()
+    return shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free >> 20
+
+
+def write_checksums(folder: str | Path) -> None:
+    """`folder/SHA256SUMS`, a line for each file in it: what `sha256sum --check SHA256SUMS` reads.
+
+    Raises:
+        OSError: a file can't be read, or the list can't be written.
+    """
+    names = sorted(path.name for path in Path(folder).iterdir() if path.is_file())
+    write_text(Path(folder) / CHECKSUMS, "".join(f"{sha256(Path(folder) / name)}  {name}\n" for name in names))
+
+
+def differing(folder: str | Path) -> list[str]:
+    """Names in `folder/SHA256SUMS` whose files are missing or others; the list's own name where it can't be read.
+
+    Without a list there is nothing to differ from.
+    """
+    path = Path(folder) / CHECKSUMS
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        listed = [(name, digest) for digest, name in (line.split("  ", 1) for line in lines)]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError):
+        return [CHECKSUMS]
+    return (
+        [name for name, digest in listed if _sha256_or_none(path.with_name(name)) != digest] if listed else [CHECKSUMS]
+    )
+
+
+def sha256(path: str | Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb", buffering=0) as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _sha256_or_none(path: Path) -> str | None:
+    try:
+        return sha256(path)
+    except OSError:
+        return None
 
 
 def _beside(path: Path) -> Path:

@@ -1,7 +1,7 @@
 """Pre-train a masked autoencoder: a teacher for data that has none.
 
 deepspeed tinymim_fast/pretrain.py --config tinymim_fast/recipes/NAME.yaml --data-path DIR --output-dir DIR \
-    [--any-field-of-the-configuration VALUE]
+    [--FIELD VALUE ...]
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Distil a student ViT from a frozen teacher by token relations.
 
 deepspeed tinymim_fast/train.py --config tinymim_fast/recipes/NAME.yaml --data-path DIR --teacher-checkpoint FILE \
-    --output-dir DIR [--any-field-of-the-configuration VALUE]
+    --output-dir DIR [--FIELD VALUE ...]
 """
 
 from __future__ import annotations

@@ -21,8 +21,8 @@ def read_mapping(path: str | Path) -> dict[str, Any]:
         path: a regular file of at most 1 MiB.
 
     Raises:
-        InputError: it can't be read, is no YAML, holds something else than keys and values, a key twice or an empty one, or
-            more aliases than a file written by hand has; names file and line.
+        InputError: it can't be read, is no YAML, holds something else than keys and values, a key twice or an empty
+            one, or more aliases than a file written by hand has; names file and line.
     """
     path = Path(path)
     try:

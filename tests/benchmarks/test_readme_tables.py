@@ -163,11 +163,23 @@ def test_nothing_measured(tmp_path):
     ("states", "found", "wanted"),
     [
         ({"kernel_tests": "passed"}, GPU, {"fused": "tested on GPU 1, 2026-01-02: 3 passed, 0 failed |"}),
-        ({"kernel_tests": "failed"}, GPU, {"fused": "**fails** on GPU 1, 2026-01-02: kernel_tests (3 passed, 0 failed) |"}),
+        (
+            {"kernel_tests": "failed"},
+            GPU,
+            {"fused": "**fails** on GPU 1, 2026-01-02: kernel_tests (3 passed, 0 failed) |"},
+        ),
         ({"kernel_tests": "left out"}, GPU, {"fused": "not proven |"}),
-        ({"memcheck": "passed", "racecheck": "left out"}, GPU, {"their memory": "tested on GPU 1, 2026-01-02, without racecheck |"}),
+        (
+            {"memcheck": "passed", "racecheck": "left out"},
+            GPU,
+            {"their memory": "tested on GPU 1, 2026-01-02, without racecheck |"},
+        ),
         ({"other_gpu_tests": "passed"}, GPU, {"DALI": "not proven |"}),  # passed without DALI
-        ({"other_gpu_tests": "passed"}, {**GPU, "versions": {"nvidia-dali-cuda120": "2.4"}}, {"DALI": "tested on GPU 1"}),
+        (
+            {"other_gpu_tests": "passed"},
+            {**GPU, "versions": {"nvidia-dali-cuda120": "2.4"}},
+            {"DALI": "tested on GPU 1"},
+        ),
         ({"kernel_tests": "passed"}, {"cuda": False}, {"fused": "not proven |"}),
     ],
 )  # fmt: skip

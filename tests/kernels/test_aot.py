@@ -40,7 +40,7 @@ def same_triton(committed):
     made_with = aot_guard.made_with(committed)
     if made_with != triton.__version__:
         pytest.skip(
-            f"aot_report.csv was made with Triton {made_with}, this is {triton.__version__}: its machine code is another"
+            f"aot_report.csv was made with Triton {made_with}, this is {triton.__version__}: other machine code"
         )
 
 

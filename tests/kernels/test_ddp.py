@@ -1,4 +1,4 @@
-"""Two ranks: DistributedDataParallel has the gradient of the whole batch, and README's tap trains under it and FSDP2."""
+"""Two ranks: DistributedDataParallel has the gradient of the whole batch, README's tap trains under it and FSDP2."""
 
 import os
 import sys

@@ -308,7 +308,7 @@ def test_non_finite_input_shows_in_the_loss(backend, value, which):
 
 @pytest.mark.parametrize("num_tokens", [197, 1100])  # several heads in a chunk; one map beyond CPU_MAP_BYTES
 def test_three_maps_are_alive(num_tokens, loops):
-    """No tensor holds more maps than the chunk's three, and there is one of that size; the compiled loops hold no map."""
+    """No tensor holds more maps than the chunk's three, and there is one of that size; the compiled loops hold none."""
     sizes = []
 
     class Allocations(TorchDispatchMode):

@@ -1,4 +1,4 @@
-"""A user's DeepSpeed file: what DeepSpeed would crash on, ignore or take long over is one line before anything is written."""
+"""A user's DeepSpeed file: what DeepSpeed would crash on, ignore or take long over is one line first."""
 
 import pytest
 

@@ -208,8 +208,8 @@ def _is_large(index: ImageIndex, sample_id: int, short_side: int | None) -> bool
 def _member_names(index: ImageIndex, short_side: int | None) -> list[str]:
     """Names in the shards.
 
-    A key ends at the first dot of its last part, so dots before the ending are written as %2E; where two images have one
-    key, as a.jpg and a.png, it takes up the ending too.
+    A key ends at the first dot of its last part, so dots before the ending are written as %2E; where two images have
+    one key, as a.jpg and a.png, it takes up the ending too.
     """
     parts = []
     for sample_id, path in enumerate(index.paths):

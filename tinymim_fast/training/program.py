@@ -81,6 +81,6 @@ def _as_ended(error: Exception, stop: StopRequests) -> Exception | None:
     # the signal reached what this process waited for, too: another rank, or a process that reads images
     line = " ".join(str(error).split())[:200]
     return Terminated(
-        f"stopped by {stop.reason}, without saving ({line}); the last checkpoint is {stop.last_checkpoint}, and the same "
-        "command continues"
+        f"stopped by {stop.reason}, without saving ({line}); the last checkpoint is {stop.last_checkpoint}, and the "
+        "same command continues"
     )
