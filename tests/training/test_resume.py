@@ -64,6 +64,7 @@ def test_another_configuration_in_the_folder_is_refused(world, uninterrupted, im
         distil(world, *distill_flags(image_folder, teacher_file, folder, **changes, resume="none"))
 
 
+@pytest.mark.fault("images are gone or new between stop and start", "refused; the numbers are named")
 def test_images_that_changed_between_stop_and_start_are_noticed(world, uninterrupted, teacher_file, tmp_path):
     from tinymim_fast.data import draw_image_folder
 
