@@ -155,6 +155,44 @@ def test_what_changed_since_the_scan_is_found_before_decoding(noise, loader_name
     assert reasons["pipe"] == reasons["folder"] == "no regular file"
 
 
+@pytest.mark.fault(
+    "bytes of an image are changed at random, before or after the scan",
+    "decoded, or replaced and named; no start dies by a signal",
+    tries=60,
+)
+def test_changed_bytes_never_end_the_process(noise):
+    pytest.importorskip("nvidia.dali")
+    code = """
+        import sys
+        import numpy as np
+        from PIL import Image
+        from support.loaders import train_loader
+        from tinymim_fast.data import scan_images
+        rng = np.random.default_rng(0)
+        file = sys.argv[1] + "/c/24.jpg"
+        ramp = np.arange(60 * 80 * 3).reshape(60, 80, 3).astype(np.uint8)
+        tries = bad = 0
+        for format in ("JPEG", "PNG", "WEBP"):
+            for _ in range(10):
+                Image.fromarray(ramp).save(file, format=format)
+                index = scan_images(sys.argv[1], workers=1)
+                content = bytearray(open(file, "rb").read())
+                for at in rng.integers(4, 200 if rng.random() < 0.7 else len(content), rng.integers(1, 6)):
+                    content[at] = rng.integers(256)
+                open(file, "wb").write(content[: rng.integers(100, len(content)) if rng.random() < 0.2 else None])
+                for seen in (index, scan_images(sys.argv[1], workers=1)):
+                    with train_loader(seen, "dali", batch_size=len(seen), workers=4) as loader:
+                        next(loader.batches(0, 1))
+                        tries += 1
+                        bad += bool(loader.bad_files.by_path)
+        print(tries, bad)
+    """
+    code, output = run_python(code, noise, timeout=300)
+    assert code == 0, (code, output)
+    tries, bad = map(int, output.splitlines()[-1].split())
+    assert tries == 60 and 20 < bad < 60, output
+
+
 @pytest.mark.fault("a pipe or a device is called x.jpg", "left out by the scan and named, not waited for", tries=2)
 def test_a_pipe_is_not_waited_for(noise):
     os.mkfifo(noise / "c" / "x.jpg")
