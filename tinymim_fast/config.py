@@ -73,6 +73,7 @@ class RunConfig:
         checkpoint_interval: optimizer steps between checkpoints; 0: by time only.
         checkpoint_minutes: minutes between checkpoints; 0: by steps only. The last step is always saved.
         checkpoint_hist: checkpoints kept.
+        verify_checkpoints: compare a checkpoint with its checksums before going on from it, at 1 to 2 s a GB.
         max_time: minutes from the program's start after which the run saves and stops with code 75; 0: none.
         resume: "auto" continues what `output_dir` holds; "none" starts anew and refuses a folder with checkpoints.
         tensorboard: write event files to `output_dir/tensorboard`.
@@ -93,6 +94,7 @@ class RunConfig:
             "checkpoint_interval",
             "checkpoint_minutes",
             "checkpoint_hist",
+            "verify_checkpoints",
             "max_time",
             "resume",
             "tensorboard",
@@ -144,6 +146,7 @@ class RunConfig:
     checkpoint_interval: int = 0
     checkpoint_minutes: float = 30.0
     checkpoint_hist: int = 2
+    verify_checkpoints: bool = True
     max_time: float = 0.0
     resume: Literal["auto", "none"] = "auto"
     tensorboard: bool = True

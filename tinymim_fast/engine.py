@@ -342,6 +342,8 @@ class Engine:
                             raise ValueError(
                                 f"{moment}.{name} is {tuple(value.shape)}, want {tuple(self._shapes[name])}"
                             )
+                        if not value.isfinite().all():
+                            raise ValueError(f"{moment}.{name} is not finite")
                         self._set(parameter, value, moment)
                         if parameter in self._adamw.state:  # without ZeRO
                             self._adamw.state[parameter][moment].copy_(value)

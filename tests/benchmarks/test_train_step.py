@@ -1,5 +1,6 @@
 """The training-step benchmark, on images of 32 pixels: 5 tokens."""
 
+import contextlib
 from dataclasses import replace
 
 import pytest
@@ -27,22 +28,45 @@ def folder(tmp_path_factory):
 
 
 def measure(world, folder, point=POINT, providers=tuple(step_loops.PROVIDERS)):
-    measured = train_step.measure(point, providers, world, folder, num_repeats=2, seconds=0)
+    with contextlib.ExitStack() as opened:
+        measured = train_step.measure(point, providers, world, folder, opened, num_repeats=2, seconds=0)
     return {row["provider"]: row for row in sweep.rows_of(point, measured, train_step.COLUMNS)}
 
 
-@pytest.mark.parametrize(("precision", "zero_stage"), [("bf16", 1), ("fp32", 1), ("bf16", 0), ("bf16", 2)])
-def test_rows(world, folder, precision, zero_stage):
-    rows = measure(world, folder, replace(POINT, precision=precision, zero_stage=zero_stage))
-    assert list(rows) == ["official_loop", "plain", "ours"]
+@pytest.mark.parametrize(
+    ("precision", "zero_stage", "providers"),
+    [
+        ("bf16", 1, ["official_loop", "plain", "ours"]),
+        ("fp32", 1, ["official_loop", "ours"]),
+        ("bf16", 0, ["ours"]),
+        ("bf16", 2, ["ours"]),
+    ],
+)
+def test_rows(world, folder, precision, zero_stage, providers):
+    rows = measure(world, folder, replace(POINT, precision=precision, zero_stage=zero_stage), providers)
+    assert list(rows) == providers
     for row in rows.values():
         assert row["status"] == harness.OK, row
         parts = sum(row[name] for name in train_step.PARTS)
+        assert row["data_ms"] < 1
         assert row["step_ms"] > row["loss_ms"] > 0 and parts > 0 and row["peak_extra_mib"] > 0
         assert row["images_per_s"] == pytest.approx(4e3 / row["step_ms"], rel=0.01)
         assert 0 < row["grad_error"] < (1e-5 if precision == "fp32" else 0.1)
         assert 0 < row["matmul_share"] < 1
         assert row["floor_ms"] is None  # roofs of memory are a GPU's
+
+
+def test_images_from_the_loader_are_waited_for(world, folder, monkeypatch):
+    data_loading = pytest.importorskip("data_loading")
+    draw = data_loading.draw_photographs
+    monkeypatch.setattr(data_loading, "draw_photographs", lambda images, count: draw(images, 8))
+    row = measure(world, folder, replace(POINT, data="loaded"), ["ours"])["ours"]
+    assert row["status"] == harness.OK and 0 < row["data_ms"] < row["step_ms"]
+
+
+def test_nobody_passes(world, folder, monkeypatch):
+    monkeypatch.setattr(train_step, "PROVIDERS", {"ours": lambda *_: 1 / 0})
+    assert measure(world, folder, providers=["ours"])["ours"]["status"] == harness.NOT_AVAILABLE
 
 
 def test_who_fails_gets_no_number(world, folder, monkeypatch):

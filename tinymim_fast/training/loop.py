@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,12 @@ from tinymim_fast.data.bad_files import BadFiles
 from tinymim_fast.distributed import World, seed_rank
 from tinymim_fast.engine import Engine, deepspeed_config, refusals
 from tinymim_fast.errors import InputError, NonFiniteLossError, Terminated, flags
-from tinymim_fast.files import remove_unfinished, write_text
+from tinymim_fast.files import remove_unfinished, set_aside, write_text
 from tinymim_fast.models.checkpoints import latest_checkpoint
 from tinymim_fast.training import checkpoint as checkpoints
 from tinymim_fast.training import resume
 from tinymim_fast.training.compilation import Compiler, wanted
+from tinymim_fast.training.lock import RunLock
 from tinymim_fast.training.metrics import Recorder, plot_curves
 from tinymim_fast.training.progress import Progress
 from tinymim_fast.training.schedule import lr_schedule
@@ -30,6 +31,7 @@ from tinymim_fast.training.task import Task
 from tinymim_fast.training.tracing import Tracer
 
 logger = logging.getLogger("tinymim_fast")
+DS_CONFIG = "deepspeed_config.json"
 # What ranks agree on, the larger winning; above STOP come the reasons of `StopRequests`.
 SAVE, STOP, TOO_MANY_BAD = 1, 2, 100
 
@@ -67,7 +69,14 @@ def train(
         clip_grad=config.clip_grad,
         deepspeed_config=config.deepspeed_config,
     )
-    checkpoint = world.broadcast(lambda: resume.find_checkpoint(config))
+    lock = RunLock(output_dir)
+
+    def find_checkpoint() -> resume.Found:
+        lock.acquire()  # in a new folder later, when all input was found good
+        return resume.find_checkpoint(config)
+
+    found = world.broadcast(find_checkpoint)
+    checkpoint = found.checkpoint
     index = world.broadcast(lambda: resume.find_run_images(config, resumed=checkpoint is not None))
     bad_files = BadFiles(index, config.max_bad_files)
 
@@ -107,9 +116,10 @@ def train(
         if checkpoint is not None:
             client_state = engine.load(checkpoint)
             step = client_state["step"]
+            resume.check_kept(task.kept, client_state.get("kept"))
             bad_files.recheck(client_state["bad_files"])
             logger.info("continuing from %s", checkpoint)
-        world.broadcast(lambda: _prepare_folder(output_dir, config, ds_config, index))
+        world.broadcast(lambda: _prepare_folder(lock, config, ds_config, index, found.damaged))
 
         # The run.
         train_step = TrainStep(engine, task.prepare, parts=task.parts, accumulation_steps=batches.accumulation_steps)
@@ -156,7 +166,7 @@ def train(
                 if request or saver.due(step) or last:
                     with progress.paused(), stop.doing("saving"):
                         progress.look()  # a checkpoint after a bad loss would not be a good one
-                        saver.save(step, {"bad_files": bad_files.by_path})
+                        saver.save(step, {"bad_files": bad_files.by_path, "kept": task.kept})
                         stop.last_checkpoint = checkpoints.name_of(step)
 
                 if request == TOO_MANY_BAD:
@@ -175,19 +185,32 @@ def train(
         finally:
             tracer.close()
             recorder.close()
+            lock.release()
     if world.is_main:
         logger.info("done: %s", latest_checkpoint(output_dir))
-        plot_curves(output_dir, task.parts)
+        try:
+            plot_curves(output_dir, task.parts)
+        except OSError as error:
+            logger.warning("%s: the picture of the curves can't be written: %s", output_dir, error)
 
 
-def _prepare_folder(output_dir: Path, config: RunConfig, ds_config: dict[str, Any], index: ImageIndex) -> None:
-    """Folder, resolved configuration, list of images; what a killed run left unfinished goes."""
+def _prepare_folder(
+    lock: RunLock, config: RunConfig, ds_config: dict[str, Any], index: ImageIndex, damaged: Sequence[Path]
+) -> None:
+    """Folder, configuration, list of images; what a killed run left unfinished goes, damaged checkpoints aside."""
+    output_dir = Path(config.output_dir)
     try:
         (output_dir / checkpoints.FOLDER).mkdir(parents=True, exist_ok=True)
+        lock.acquire()
         for folder in (output_dir, output_dir / checkpoints.FOLDER):
             remove_unfinished(folder)
+        for checkpoint in damaged:
+            set_aside(checkpoint)
+        for name in (resume.CONFIG, DS_CONFIG, resume.INDEX):
+            if (output_dir / name).is_dir():
+                set_aside(output_dir / name)
         write_text(output_dir / resume.CONFIG, to_yaml(config))
-        write_text(output_dir / "deepspeed_config.json", json.dumps(ds_config, indent=2) + "\n")
+        write_text(output_dir / DS_CONFIG, json.dumps(ds_config, indent=2) + "\n")
         index.save(output_dir / resume.INDEX)
     except OSError as error:
         raise InputError(f"{output_dir} can't be written: {error}", argument="output_dir") from error
