@@ -156,7 +156,7 @@ class RunConfig:
             value = getattr(self, f.name)
             optional = type(None) in get_args(f.type)
             self._check(f.name, value is not None or optional, "a value")
-            self._check(f.name, not isinstance(value, bool) or f.type is bool, "a number")
+            self._check(f.name, not isinstance(value, bool) or bool in (f.type, *get_args(f.type)), "a number")
             self._check(f.name, value != "", "no empty text")
             numbers = value if isinstance(value, tuple) else (value,)
             self._check(f.name, all(abs(v) < 2**31 for v in numbers if isinstance(v, int)), "less than 2 ** 31")

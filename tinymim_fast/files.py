@@ -139,17 +139,27 @@ def differing(folder: str | Path) -> list[str]:
 
     Without a list there is nothing to differ from.
     """
-    path = Path(folder) / CHECKSUMS
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-        listed = [(name, digest) for digest, name in (line.split("  ", 1) for line in lines)]
-    except FileNotFoundError:
-        return []
+        listed = listed_checksums(folder)
     except (OSError, ValueError):
         return [CHECKSUMS]
-    return (
-        [name for name, digest in listed if _sha256_or_none(path.with_name(name)) != digest] if listed else [CHECKSUMS]
-    )
+    return [name for name, digest in listed.items() if _sha256_or_none(Path(folder) / name) != digest]
+
+
+def listed_checksums(folder: str | Path) -> dict[str, str]:
+    """Digest by name in `folder/SHA256SUMS`; empty where there is no list.
+
+    Raises:
+        OSError: it can't be read.
+        ValueError: it holds something else.
+    """
+    path = Path(folder) / CHECKSUMS
+    if not path.exists():
+        return {}
+    listed = {name: digest for digest, name in (x.split("  ", 1) for x in path.read_text("utf-8").splitlines())}
+    if not listed:
+        raise ValueError(f"{path}: is empty")
+    return listed
 
 
 def sha256(path: str | Path) -> str:

@@ -2,15 +2,30 @@
 
 import json
 import logging
+import os
+import signal
+import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import torch._dynamo
+import torch._inductor.config
+from timm.layers import Mlp
+from torch._inductor.utils import fresh_cache
 
 pytest.importorskip("deepspeed")
 
-from support.programs import distill_flags
-from support.runs import distil, losses
+from support.programs import distill_flags, start_ranks
+from support.rank_worker import train_and_record
+from support.runs import distil, last_step, losses
+from tinymim_fast.batches import BatchPlan
+from tinymim_fast.errors import EXIT_TERMINATED
+from tinymim_fast.training.compilation import Compiler, wanted
+from tinymim_fast.training.progress import Progress
+
+THREADS = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}  # no pool of compiling processes beside two ranks on two cores
 
 
 @pytest.fixture(autouse=True)
@@ -35,3 +50,89 @@ def test_compiled_runs_learn_what_eager_ones_do_at_every_stage(
     np.testing.assert_allclose(losses(tmp_path / "compiled"), losses(tmp_path / "eager"), rtol=1e-4)
     said = [r.getMessage() for r in caplog.records if "compile:" in r.getMessage()]
     assert len(said) == 1 and said[0].startswith("compile: 2 graphs in"), said
+
+
+@pytest.mark.parametrize(("stage", "bf16"), [(1, "true"), (3, "false")])
+def test_a_compiled_run_resumes_exactly(world, image_folder, teacher_file, tmp_path, stage, bf16):
+    base = {"zero_stage": stage, "bf16": bf16, "drop_path": 0.3, "epochs": 2, "compile": "true"}
+    distil(world, *distill_flags(image_folder, teacher_file, tmp_path / "whole", **base))
+    flags = distill_flags(image_folder, teacher_file, tmp_path / "cut", **base)
+    train_and_record(world, None, 7, flags)
+    distil(world, *flags)
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+
+
+def test_a_compiled_run_of_two_ranks_saves_at_sigterm_and_goes_on(world, image_folder, teacher_file, tmp_path):
+    """ZeRO-3, the weights divided between the ranks; against an eager run of one rank, without a signal."""
+    base = {"zero_stage": 3, "bf16": "false", "drop_path": 0, "epochs": 20, "checkpoint_interval": 10}
+    (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": {"stage3_param_persistence_threshold": 0}}))
+    base["deepspeed_config"] = tmp_path / "ds.json"
+    distil(world, *distill_flags(image_folder, teacher_file, tmp_path / "whole", **base))
+    flags = distill_flags(image_folder, teacher_file, tmp_path / "cut", **base, compile="true")
+    runs = start_ranks("train", *flags, **THREADS)
+    try:
+        runs[0].wait_for("step 12/", 200)
+        for run in runs:
+            os.kill(run.pid, signal.SIGTERM)
+        output = "".join(run.communicate(120)[0] for run in runs)
+    finally:
+        for run in runs:
+            run.kill()
+    assert [run.returncode for run in runs] == [EXIT_TERMINATED] * 2, output
+    assert "compile: 2 graphs in" in output and "compiled again" not in output and "eager" not in output, output
+    stopped_at = last_step(tmp_path / "cut")
+    assert 12 <= stopped_at < 120, "stopped before the end, or the test shows nothing"
+    distil(world, *flags)
+    np.testing.assert_allclose(losses(tmp_path / "cut"), losses(tmp_path / "whole"), rtol=1e-3)
+
+
+@pytest.mark.parametrize("lacks", ["compiler", "graph"])
+def test_without_a_compiler_one_line_and_eager(world, image_folder, teacher_file, tmp_path, lacks, caplog, monkeypatch):
+    """No C++ compiler; or blocks that can't be traced."""
+    if lacks == "graph":
+        monkeypatch.setattr("timm.models.vision_transformer.Mlp.forward", torch.compiler.disable(Mlp.forward))
+    base = {"bf16": "false", "epochs": 1}
+    distil(world, *distill_flags(image_folder, teacher_file, tmp_path / "eager", **base))
+    broken = {"cpp.cxx": ("no-such-compiler",)} if lacks == "compiler" else {}
+    with torch._inductor.config.patch(broken), fresh_cache():
+        distil(world, *distill_flags(image_folder, teacher_file, tmp_path / "run", **base, compile="true"))
+    assert losses(tmp_path / "run") == losses(tmp_path / "eager")
+    said = [r.getMessage() for r in caplog.records if "going on with eager modules" in r.getMessage()]
+    assert len(said) == 1 and said[0].startswith("compile: ") and "\n" not in said[0], said
+
+
+def test_what_is_compiled_again_is_counted_with_the_reason(caplog):
+    module = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    with Compiler() as compiler:
+        compiler.compile([module])
+        module(torch.ones(2, 4)).sum().backward()
+        assert compiler.after_step() > 0 and compiler.num_graphs == 1
+        module(torch.ones(2, 4)).sum().backward()
+        assert compiler.after_step() == 0 and "compiled again" not in caplog.text
+        module(torch.ones(3, 4)).sum().backward()
+        assert compiler.after_step() > 0 and compiler.num_graphs == 2
+    (record,) = (r for r in caplog.records if r.name == "tinymim_fast")
+    assert "compile: 1 graphs compiled again" in record.getMessage() and "size" in record.getMessage()
+
+
+def test_names_of_weights_stay_and_auto_compiles_on_gpus_only():
+    module = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    names = list(module.state_dict())
+    Compiler().compile([module[0]])
+    assert list(module.state_dict()) == names
+    cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
+    assert [wanted(choice, device) for choice in ("auto", True, False) for device in (cpu, gpu)] == [
+        *(False, True, True, True, False, False)
+    ]
+
+
+def test_time_spent_compiling_is_no_training(world):
+    progress = Progress(
+        world, ("loss",), BatchPlan(micro_batch_size=8), steps_per_epoch=1, bad_files=SimpleNamespace(reasons={}),
+        start_step=0,
+    )  # fmt: skip
+    progress.bad_files.update = lambda reasons: None
+    progress.add(torch.zeros(1), 0.1)
+    time.sleep(0.5)
+    progress.leave_out(0.45)
+    assert progress.record()["images_per_s"] > 8 / 0.4

@@ -116,6 +116,7 @@ def train(
         if checkpoint is not None:
             client_state = engine.load(checkpoint)
             step = client_state["step"]
+            resume.check_kept(task.kept, client_state.get("kept"))
             bad_files.recheck(client_state["bad_files"])
             logger.info("continuing from %s", checkpoint)
         world.broadcast(lambda: _prepare_folder(lock, config, ds_config, index, found.damaged))
@@ -165,7 +166,7 @@ def train(
                 if request or saver.due(step) or last:
                     with progress.paused(), stop.doing("saving"):
                         progress.look()  # a checkpoint after a bad loss would not be a good one
-                        saver.save(step, {"bad_files": bad_files.by_path})
+                        saver.save(step, {"bad_files": bad_files.by_path, "kept": task.kept})
                         stop.last_checkpoint = checkpoints.name_of(step)
 
                 if request == TOO_MANY_BAD:

@@ -107,6 +107,33 @@ def _newest_good(candidates: list[Path], *, verify: bool) -> Found:
     return Found(None)
 
 
+def check_kept(now: dict[str, dict[str, Any]], began: dict[str, dict[str, Any]] | None) -> None:
+    """Refuse to go on with another file than the run began with, as a teacher.
+
+    Args:
+        now: `Task.kept`.
+        began: the checkpoint's; None in those of before there was one.
+
+    Raises:
+        InputError: one is another; its argument is the field that names the file.
+    """
+    for field, file in now.items():
+        before = (began or {}).get(field)
+        if before is None:
+            logger.warning("%s: which one this run began with was not kept then; this one is taken", field)
+        elif before.get("sha256", before) != file.get("sha256", file):
+            raise InputError(
+                f"is {_which(file)}, and this run began with {_which(before)}; give that one, wherever it lies now, or "
+                "choose another output_dir",
+                argument=field,
+            )
+
+
+def _which(file: dict[str, Any]) -> str:
+    digest = file.get("sha256")
+    return f"{file.get('name')} (sha256 {digest[:12]})" if digest else str(file.get("name"))
+
+
 def find_run_images(config: RunConfig, *, resumed: bool) -> ImageIndex:
     """The images of `data_path`; a continued run keeps the list and the order that it began with.
 
