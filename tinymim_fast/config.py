@@ -73,6 +73,9 @@ class RunConfig:
         checkpoint_interval: optimizer steps between checkpoints; 0: by time only.
         checkpoint_minutes: minutes between checkpoints; 0: by steps only. The last step is always saved.
         checkpoint_hist: checkpoints kept.
+        on_nonfinite: "stop" ends the run where a loss or weight is NaN or infinite; "skip" looks at each step's
+            gradient, which waits for the device, and leaves such a step out.
+        max_nonfinite: steps that "skip" may leave out in a whole run; one more ends it.
         verify_checkpoints: compare a checkpoint with its checksums before going on from it, at 1 to 2 s a GB.
         max_time: minutes from the program's start after which the run saves and stops with code 75; 0: none.
         resume: "auto" continues what `output_dir` holds; "none" starts anew and refuses a folder with checkpoints.
@@ -94,6 +97,8 @@ class RunConfig:
             "checkpoint_interval",
             "checkpoint_minutes",
             "checkpoint_hist",
+            "on_nonfinite",
+            "max_nonfinite",
             "verify_checkpoints",
             "max_time",
             "resume",
@@ -146,6 +151,8 @@ class RunConfig:
     checkpoint_interval: int = 0
     checkpoint_minutes: float = 30.0
     checkpoint_hist: int = 2
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    max_nonfinite: int = 10
     verify_checkpoints: bool = True
     max_time: float = 0.0
     resume: Literal["auto", "none"] = "auto"
@@ -176,6 +183,7 @@ class RunConfig:
             "checkpoint_interval",
             "checkpoint_minutes",
             "profile",
+            "max_nonfinite",
             "max_time",
             "seed",
         ]:

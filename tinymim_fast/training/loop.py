@@ -22,7 +22,7 @@ from tinymim_fast.training import checkpoint as checkpoints
 from tinymim_fast.training import resume
 from tinymim_fast.training.compilation import Compiler, wanted
 from tinymim_fast.training.lock import RunLock
-from tinymim_fast.training.metrics import Recorder, plot_curves
+from tinymim_fast.training.metrics import Recorder, plot_curves, warn_of_divergence
 from tinymim_fast.training.progress import Progress
 from tinymim_fast.training.schedule import lr_schedule
 from tinymim_fast.training.step import TrainStep
@@ -67,6 +67,7 @@ def train(
         zero_stage=config.zero_stage,
         bf16=config.bf16,
         clip_grad=config.clip_grad,
+        skip_nonfinite=config.on_nonfinite == "skip",
         deepspeed_config=config.deepspeed_config,
     )
     lock = RunLock(output_dir)
@@ -111,11 +112,11 @@ def train(
                 seed=config.seed,
                 regions=regions,
             )
-        step, total_steps = 0, steps_per_epoch * config.epochs
+        step, total_steps, num_skipped = 0, steps_per_epoch * config.epochs, 0
         seed_rank(config.seed, step, world.rank)
         if checkpoint is not None:
             client_state = engine.load(checkpoint)
-            step = client_state["step"]
+            step, num_skipped = client_state["step"], client_state.get("num_skipped", 0)
             resume.check_kept(task.kept, client_state.get("kept"))
             bad_files.recheck(client_state["bad_files"])
             logger.info("continuing from %s", checkpoint)
@@ -124,7 +125,13 @@ def train(
         # The run.
         train_step = TrainStep(engine, task.prepare, parts=task.parts, accumulation_steps=batches.accumulation_steps)
         progress = Progress(
-            world, task.parts, batches, steps_per_epoch=steps_per_epoch, bad_files=bad_files, start_step=step
+            world,
+            task.parts,
+            batches,
+            steps_per_epoch=steps_per_epoch,
+            bad_files=bad_files,
+            start_step=step,
+            num_skipped=num_skipped,
         )
         saver = checkpoints.Checkpoints(config, world, task, engine, steps_per_epoch=steps_per_epoch, start_step=step)
         recorder = Recorder(
@@ -145,6 +152,16 @@ def train(
                 progress.add(train_step(micro_batches), lr)  # queued: the host runs ahead of the device
                 step += 1
                 stop.now("training")
+                if not engine.step_applied:  # on no rank
+                    if config.on_nonfinite == "stop":
+                        progress.look()  # says so if a loss was to blame
+                        raise NonFiniteLossError(f"the gradient is not finite at step {step}, which changed nothing")
+                    progress.skip()
+                    if progress.num_skipped > config.max_nonfinite:
+                        raise NonFiniteLossError(
+                            f"the gradient is not finite at step {step}, and max_nonfinite, {config.max_nonfinite}, "
+                            "were skipped before"
+                        )
                 recorder.advance()
                 progress.leave_out(compiler.after_step())
                 with progress.paused():
@@ -166,7 +183,8 @@ def train(
                 if request or saver.due(step) or last:
                     with progress.paused(), stop.doing("saving"):
                         progress.look()  # a checkpoint after a bad loss would not be a good one
-                        saver.save(step, {"bad_files": bad_files.by_path, "kept": task.kept})
+                        kept = {"bad_files": bad_files.by_path, "kept": task.kept, "num_skipped": progress.num_skipped}
+                        saver.save(step, kept)
                         stop.last_checkpoint = checkpoints.name_of(step)
 
                 if request == TOO_MANY_BAD:
@@ -188,6 +206,7 @@ def train(
             lock.release()
     if world.is_main:
         logger.info("done: %s", latest_checkpoint(output_dir))
+        warn_of_divergence(output_dir)
         try:
             plot_curves(output_dir, task.parts)
         except OSError as error:

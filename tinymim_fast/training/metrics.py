@@ -17,6 +17,7 @@ from tinymim_fast.files import set_aside, whole_file, write_text
 
 logger = logging.getLogger("tinymim_fast")
 METRICS = "metrics.jsonl"
+DIVERGED = 2.0  # times its first loss is where a run has not learnt
 
 
 class Recorder:
@@ -132,6 +133,18 @@ def _drop_after(path: Path, step: int) -> None:
     if path.exists():
         kept = [record for record in read_metrics(path.parent) if record["step"] <= step]
         write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
+
+
+def warn_of_divergence(output_dir: Path) -> None:
+    """Say so where the last record's loss is more than twice the first's."""
+    told = [record["loss"] for record in read_metrics(output_dir) if isinstance(record.get("loss"), float)]
+    if told and told[-1] > DIVERGED * told[0]:
+        logger.warning(
+            "the loss ends at %.4g, far above the %.4g that it began with: the run diverged; lower lr_base, lengthen "
+            "warmup_epochs, or set clip_grad",
+            told[-1],
+            told[0],
+        )
 
 
 def plot_curves(output_dir: Path, parts: tuple[str, ...]) -> Path:
