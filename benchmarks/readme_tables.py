@@ -35,7 +35,7 @@ PROOFS = [
     ("damaged files replaced in training, tar shards", "tested, one and two processes", ["other_gpu_tests"]),
     ("a training step in bf16 on random images", "tested", ["train_step"]),
     ("pre-training, distillation with DeepSpeed, export, k-NN (`make demo`)", "tested", ["demo"]),
-    ("ZeRO 0 to 2, exact resume, also on other numbers of ranks", "tested, one to three processes", []),
+    ("ZeRO 0 to 3, exact resume, also on other numbers of ranks", "tested, one to three processes", []),
 ]
 Row = dict[str, str]
 
