@@ -125,7 +125,7 @@ def by_formula(
 ) -> list[tuple[Tensor, Tensor]]:
     """Loss and gradient of the patch embedding by the formula, in one dtype throughout: for each of `dtypes`."""
     torch.manual_seed(config.seed)
-    student = build_task(config, world, None).model.student.to(world.device).eval()
+    student = build_task(replace(config, attention="math"), world, None).model.student.to(world.device).eval()
     teacher, _, heads = build_teacher(config)
     teacher.to(world.device).eval()
     results = []
@@ -221,7 +221,7 @@ def measure(
         batches = Waited(loader.batches(0, 10**6))
 
     def checked(name: str) -> dict[str, Any]:
-        loops[name] = PROVIDERS[name](config, world)
+        loops[name] = PROVIDERS[name](config, world, opened)
         return gate(loops[name], repeated, exact, allowed, dtype)
 
     timing = {"device": device, "num_repeats": num_repeats}
@@ -264,7 +264,7 @@ def plan(args: argparse.Namespace) -> list[Point]:
     base = Point(pair=args.pairs[0], precision=args.precisions[0], batch_size=args.batch_sizes[0])
     points = {
         "pairs": [replace(base, pair=pair, precision=p) for p in args.precisions for pair in args.pairs],
-        "zero": [replace(base, sweep="zero", zero_stage=stage) for stage in (0, 1, 2)],
+        "zero": [replace(base, sweep="zero", zero_stage=stage) for stage in (0, 1, 2, 3)],
         "batch": [replace(base, sweep="batch", batch_size=size) for size in args.batch_sizes],
         "data": [replace(base, sweep="data", data=data) for data in ("random", "loaded")],
     }

@@ -78,6 +78,7 @@ class RunConfig:
         max_nonfinite: steps that "skip" may leave out in a whole run; one more ends it.
         verify_checkpoints: compare a checkpoint with its checksums before going on from it, at 1 to 2 s a GB.
         max_time: minutes from the program's start after which the run saves and stops with code 75; 0: none.
+        max_wait: minutes that one micro-batch may be waited for, after which the run ends with code 75; 0: any time.
         resume: "auto" continues what `output_dir` holds; "none" starts anew and refuses a folder with checkpoints.
         tensorboard: write event files to `output_dir/tensorboard`.
     """
@@ -101,6 +102,7 @@ class RunConfig:
             "max_nonfinite",
             "verify_checkpoints",
             "max_time",
+            "max_wait",
             "resume",
             "tensorboard",
             "train_micro_batch_size_per_gpu",
@@ -155,6 +157,7 @@ class RunConfig:
     max_nonfinite: int = 10
     verify_checkpoints: bool = True
     max_time: float = 0.0
+    max_wait: float = 30.0
     resume: Literal["auto", "none"] = "auto"
     tensorboard: bool = True
 
@@ -185,6 +188,7 @@ class RunConfig:
             "profile",
             "max_nonfinite",
             "max_time",
+            "max_wait",
             "seed",
         ]:
             self._check(name, getattr(self, name) >= 0, "0 or more")

@@ -145,7 +145,7 @@ def train(
         agreement = None  # on what ranks asked for in the step before
         micro_batches = progress.timed(loader.batches(step, total_steps - step), stop)
         stop.last_checkpoint = str(checkpoint or "none")
-        stop.start_training(config.max_time)
+        stop.start_training(config.max_time, config.max_wait)
         try:
             while step < total_steps:
                 lr = engine.lr
