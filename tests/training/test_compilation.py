@@ -2,8 +2,6 @@
 
 import json
 import logging
-import os
-import signal
 import time
 from types import SimpleNamespace
 
@@ -17,15 +15,12 @@ from torch._inductor.utils import fresh_cache
 
 pytest.importorskip("deepspeed")
 
-from support.programs import distill_flags, start_ranks
+from support.programs import distill_flags
 from support.rank_worker import train_and_record
-from support.runs import distil, last_step, losses
+from support.runs import distil, losses
 from tinymim_fast.batches import BatchPlan
-from tinymim_fast.errors import EXIT_TERMINATED
 from tinymim_fast.training.compilation import Compiler, wanted
 from tinymim_fast.training.progress import Progress
-
-THREADS = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}  # no pool of compiling processes beside two ranks on two cores
 
 
 @pytest.fixture(autouse=True)
@@ -69,31 +64,6 @@ def test_a_compiled_run_resumes_exactly(world, image_folder, teacher_file, tmp_p
     train_and_record(world, None, 7, flags)
     distil(world, *flags)
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
-
-
-@pytest.mark.slow
-def test_a_compiled_run_of_two_ranks_saves_at_sigterm_and_goes_on(world, image_folder, teacher_file, tmp_path):
-    """ZeRO-3, the weights divided between the ranks; against an eager run of one rank, without a signal."""
-    base = {"zero_stage": 3, "bf16": "false", "drop_path": 0, "epochs": 20, "checkpoint_interval": 10}
-    (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": {"stage3_param_persistence_threshold": 0}}))
-    base["deepspeed_config"] = tmp_path / "ds.json"
-    distil(world, *distill_flags(image_folder, teacher_file, tmp_path / "whole", **base))
-    flags = distill_flags(image_folder, teacher_file, tmp_path / "cut", **base, compile="true")
-    runs = start_ranks("train", *flags, **THREADS)
-    try:
-        runs[0].wait_for("step 12/", 200)
-        for run in runs:
-            os.kill(run.pid, signal.SIGTERM)
-        output = "".join(run.communicate(120)[0] for run in runs)
-    finally:
-        for run in runs:
-            run.kill()
-    assert [run.returncode for run in runs] == [EXIT_TERMINATED] * 2, output
-    assert "compile: 2 graphs in" in output and "compiled again" not in output and "eager" not in output, output
-    stopped_at = last_step(tmp_path / "cut")
-    assert 12 <= stopped_at < 120, "stopped before the end, or the test shows nothing"
-    distil(world, *flags)
-    np.testing.assert_allclose(losses(tmp_path / "cut"), losses(tmp_path / "whole"), rtol=1e-3)
 
 
 @pytest.mark.parametrize("lacks", ["compiler", "graph"])
