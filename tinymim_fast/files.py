@@ -7,6 +7,8 @@ that holds it is synced, so that neither a kill nor a power cut leaves half of i
 from __future__ import annotations
 
 import errno
+import hashlib
+import logging
 import os
 import secrets
 import shutil
@@ -14,7 +16,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+logger = logging.getLogger("tinymim_fast")
 PREFIX = "tmp_"
+CHECKSUMS = "SHA256SUMS"
 
 
 @contextmanager
@@ -103,6 +107,75 @@ def remove_unfinished(folder: str | Path) -> None:
             shutil.rmtree(path)
         else:
             path.unlink()
+
+
+def set_aside(path: str | Path) -> Path:
+    """Give what stands in the way another name, which it returns: nothing of a user's is removed."""
+    path = Path(path)
+    other = path.with_name(f"aside_{path.name}_{secrets.token_hex(4)}")
+    os.rename(path, other)
+    logger.warning("%s is not what should be there; it is called %s now", path, other.name)
+    return other
+
+
+def free_mib(folder: str | Path) -> int:
+    """Free space, MiB, of the file system that `folder` is or would be on."""
+    folder = Path(folder).absolute()
+    return shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free >> 20
+
+
+def write_checksums(folder: str | Path) -> None:
+    """`folder/SHA256SUMS`, a line for each file in it: what `sha256sum --check SHA256SUMS` reads.
+
+    Raises:
+        OSError: a file can't be read, or the list can't be written.
+    """
+    names = sorted(path.name for path in Path(folder).iterdir() if path.is_file())
+    write_text(Path(folder) / CHECKSUMS, "".join(f"{sha256(Path(folder) / name)}  {name}\n" for name in names))
+
+
+def differing(folder: str | Path) -> list[str]:
+    """Names in `folder/SHA256SUMS` whose files are missing or others; the list's own name where it can't be read.
+
+    Without a list there is nothing to differ from.
+    """
+    try:
+        listed = listed_checksums(folder)
+    except (OSError, ValueError):
+        return [CHECKSUMS]
+    return [name for name, digest in listed.items() if _sha256_or_none(Path(folder) / name) != digest]
+
+
+def listed_checksums(folder: str | Path) -> dict[str, str]:
+    """Digest by name in `folder/SHA256SUMS`; empty where there is no list.
+
+    Raises:
+        OSError: it can't be read.
+        ValueError: it holds something else.
+    """
+    path = Path(folder) / CHECKSUMS
+    if not path.exists():
+        return {}
+    listed = {name: digest for digest, name in (x.split("  ", 1) for x in path.read_text("utf-8").splitlines())}
+    if not listed:
+        raise ValueError(f"{path}: is empty")
+    return listed
+
+
+def sha256(path: str | Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb", buffering=0) as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _sha256_or_none(path: Path) -> str | None:
+    try:
+        return sha256(path)
+    except OSError:
+        return None
 
 
 def _beside(path: Path) -> Path:

@@ -1,8 +1,8 @@
 """What asks a run to stop: signals to a process or to its whole group, at any moment, and the time limit."""
 
+import contextlib
 import os
 import signal
-import sys
 import time
 from pathlib import Path
 
@@ -170,15 +170,20 @@ def test_max_time(world, image_folder, teacher_file, tmp_path):
     assert losses(tmp_path / "run")[-1] == losses(tmp_path / "whole")[-1]
 
 
-@pytest.mark.fault("SIGTERM to the group of `deepspeed` or `torchrun`", "all ranks save, whatever the launcher does")
-@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
-def test_a_signal_to_a_launchers_group_saves(image_folder, teacher_file, tmp_path, launcher):
+def two_ranks(launcher):
+    """The command line up to the program."""
     starts = {
         "deepspeed": [DEEPSPEED, "--num_accelerators=2", f"--master_port={free_port()}"],
         "torchrun": [DEEPSPEED.parent / "torchrun", "--standalone", "--nproc-per-node=2"],
     }
+    return starts[launcher]
+
+
+@pytest.mark.fault("SIGTERM to the group of `deepspeed` or `torchrun`", "all ranks save, whatever the launcher does")
+@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
+def test_a_signal_to_a_launchers_group_saves(image_folder, teacher_file, tmp_path, launcher):
     flags = distill_flags(image_folder, teacher_file, tmp_path / "run", **{**LONG, "checkpoint_interval": 5})
-    process = start_training(*starts[launcher], PACKAGE / "train.py", *flags)
+    process = start_training(*two_ranks(launcher), PACKAGE / "train.py", *flags)
     try:
         deadline = time.monotonic() + 120
         while last_step(tmp_path / "run") < 5 and process.poll() is None and time.monotonic() < deadline:
@@ -187,7 +192,57 @@ def test_a_signal_to_a_launchers_group_saves(image_folder, teacher_file, tmp_pat
         output, _ = process.communicate(timeout=60)
         assert f"stopped by SIGTERM at step {last_step(tmp_path / 'run')}, saved" in output, output
         assert not list((tmp_path / "run" / "checkpoints").glob("tmp_*"))
-        print(launcher, "returns", process.returncode, file=sys.stderr)
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
+
+
+@pytest.mark.fault("SIGKILL to `deepspeed` or `torchrun`", "all ranks notice, save and end")
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+def test_orphans_save_and_end(image_folder, teacher_file, tmp_path, launcher):
+    flags = distill_flags(
+        image_folder, teacher_file, tmp_path / "run", **{**LONG, "epochs": 3000, "checkpoint_interval": 5}
+    )
+    process = start_training(*two_ranks(launcher), PACKAGE / "train.py", *flags)
+    try:
+        deadline = time.monotonic() + 120
+        while last_step(tmp_path / "run") < 5 and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        os.kill(process.pid, signal.SIGKILL)
+        output, _ = process.communicate(timeout=60)
+        assert f"stopped by the end of its launcher at step {last_step(tmp_path / 'run')}, saved" in output, output
+        assert group_is_gone(process.pid)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+@pytest.mark.fault("the data workers hang", "after `--max-wait` the run ends, code 75, and names the last checkpoint")
+def test_a_run_does_not_wait_for_data_for_ever(image_folder, teacher_file, tmp_path):
+    flags = distill_flags(image_folder, teacher_file, tmp_path / "run", **{**LONG, "checkpoint_interval": 2})
+    run = start_forked("train", *flags, "--max-wait=0.05")
+    try:
+        run.wait_for("step 3/")
+        for worker in set(members(run.pid)) - {run.pid}:
+            os.kill(worker, signal.SIGSTOP)
+        output, _ = run.communicate(60)
+        assert run.returncode == EXIT_TERMINATED, output
+        assert "of waiting for data, more than max_wait allows, without saving; the last checkpoint is step_" in output
+    finally:
+        run.kill()
+
+
+@pytest.mark.fault("SIGKILL to one rank of two", "the other ends with one line and code 75; the same command goes on")
+def test_a_lost_rank_is_one_line(image_folder, teacher_file, tmp_path):
+    flags = distill_flags(image_folder, teacher_file, tmp_path / "run", **{**LONG, "checkpoint_interval": 2})
+    runs = start_ranks("train", *flags)
+    try:
+        runs[0].wait_for("step 3/")
+        runs[1].kill()
+        output, _ = runs[0].communicate(60)
+        assert runs[0].returncode == EXIT_TERMINATED and "Traceback" not in output, output
+        assert "another rank ended or can't be reached" in output
+        assert f"the last checkpoint is step_{last_step(tmp_path / 'run'):08d}" in output
+    finally:
+        for run in runs:
+            run.kill()

@@ -2,53 +2,136 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import json
+import logging
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import safetensors
 import yaml
 
 from tinymim_fast.config import RunConfig, differences
 from tinymim_fast.data import ImageIndex, find_images
 from tinymim_fast.data.bad_files import BadFiles
 from tinymim_fast.errors import InputError
-from tinymim_fast.models.checkpoints import latest_checkpoint
+from tinymim_fast.models.checkpoints import METADATA_KEY, WEIGHTS, list_checkpoints
+from tinymim_fast.training.checkpoint import damage
 
+logger = logging.getLogger("tinymim_fast")
 CONFIG = "config.yaml"
 INDEX = "index.npz"
 
 
-def find_checkpoint(config: RunConfig) -> Path | None:
-    """The checkpoint to go on from, None for a new run.
+@dataclass(frozen=True)
+class Found:
+    """The checkpoint to go on from, None for a new run, and the newer ones that are damaged, to be set aside."""
+
+    checkpoint: Path | None
+    damaged: tuple[Path, ...] = ()
+
+
+def find_checkpoint(config: RunConfig) -> Found:
+    """The newest checkpoint that is not damaged.
 
     Raises:
-        InputError: the folder holds another run, or `resume` is "none" and it holds checkpoints.
+        InputError: the folder holds another run, or damaged checkpoints alone, or `resume` is "none" and it holds any.
     """
     output_dir = Path(config.output_dir)
     if output_dir.exists() and not output_dir.is_dir():
         raise InputError(f"{output_dir} is a file, want a folder", argument="output_dir")
-    latest = latest_checkpoint(output_dir)
+    candidates = list_checkpoints(output_dir)
+    latest = candidates[-1] if candidates else None
     if config.resume == "none":
         if latest is not None:
             raise InputError(
                 f'{output_dir} holds {latest.name}; resume "none" wants a folder without checkpoints',
                 argument="output_dir",
             )
-        return None
-    saved = output_dir / CONFIG
-    if saved.exists():
-        changed = differences(yaml.safe_load(saved.read_text(encoding="utf-8")), config)
+        return Found(None)
+    saved = _saved_configuration(output_dir / CONFIG, latest)
+    if saved is not None:
+        changed = differences(saved, config)
         if changed:
             raise InputError(
                 f"{output_dir} holds a run with another configuration ({'; '.join(changed)}); "
                 "choose another folder, or the same configuration to continue it",
                 argument="output_dir",
             )
-    elif latest is not None:
+    return _newest_good(candidates, verify=config.verify_checkpoints)
+
+
+def _saved_configuration(path: Path, latest: Path | None) -> dict[str, Any] | None:
+    """What config.yaml says; where it says nothing, what the newest checkpoint does; None for a new run."""
+    said = "is missing"
+    if path.exists():
+        try:
+            saved = yaml.safe_load(path.read_text(encoding="utf-8"))
+            if isinstance(saved, dict) and "output_dir" in saved:
+                return saved
+            said = "holds no configuration"
+        except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+            said = f"can't be read ({' '.join(str(error).split())[:100]})"
+    if latest is None:
+        return None
+    try:
+        with safetensors.safe_open(latest / WEIGHTS, framework="np") as file:
+            recipe = json.loads(file.metadata()[METADATA_KEY])["recipe"]
+        if not isinstance(recipe, dict) or "output_dir" not in recipe:
+            raise ValueError("no recipe")
+    except (OSError, safetensors.SafetensorError, KeyError, TypeError, ValueError):
         raise InputError(
-            f"{output_dir} holds checkpoints but no {CONFIG}; choose another folder", argument="output_dir"
+            f"{path} {said}, and {latest.name} doesn't hold the configuration either; choose another folder",
+            argument="output_dir",
+        ) from None
+    logger.warning("%s %s; it is written anew, from what %s holds of it", path, said, latest.name)
+    return recipe
+
+
+def _newest_good(candidates: list[Path], *, verify: bool) -> Found:
+    damaged: dict[Path, str] = {}
+    for checkpoint in reversed(candidates):
+        why = damage(checkpoint, verify=verify)
+        if why is None:
+            for path, reason in damaged.items():
+                logger.warning("%s is damaged, %s; going on from %s instead", path, reason, checkpoint.name)
+            return Found(checkpoint, tuple(damaged))
+        damaged[checkpoint] = why
+    if damaged:
+        raise InputError(
+            f"every checkpoint is damaged: {'; '.join(f'{path} ({why})' for path, why in damaged.items())}. "
+            "Restore one, or choose another folder to start anew",
+            argument="output_dir",
         )
-    return latest
+    return Found(None)
+
+
+def check_kept(now: dict[str, dict[str, Any]], began: dict[str, dict[str, Any]] | None) -> None:
+    """Refuse to go on with another file than the run began with, as a teacher.
+
+    Args:
+        now: `Task.kept`.
+        began: the checkpoint's; None in those of before there was one.
+
+    Raises:
+        InputError: one is another; its argument is the field that names the file.
+    """
+    for field, file in now.items():
+        before = (began or {}).get(field)
+        if before is None:
+            logger.warning("%s: which one this run began with was not kept then; this one is taken", field)
+        elif before.get("sha256", before) != file.get("sha256", file):
+            raise InputError(
+                f"is {_which(file)}, and this run began with {_which(before)}; give that one, wherever it lies now, or "
+                "choose another output_dir",
+                argument=field,
+            )
+
+
+def _which(file: dict[str, Any]) -> str:
+    digest = file.get("sha256")
+    return f"{file.get('name')} (sha256 {digest[:12]})" if digest else str(file.get("name"))
 
 
 def find_run_images(config: RunConfig, *, resumed: bool) -> ImageIndex:

@@ -8,6 +8,7 @@ ends a process that a signal can't reach, because it waits for data, for another
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import select
 import signal
@@ -15,14 +16,19 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from tinymim_fast.errors import EXIT_TERMINATED, Terminated
 
+logger = logging.getLogger("tinymim_fast")
 # A launcher's, Ctrl-C, SLURM's warning before the time limit, a terminal that is closed. One that is ignored stays so.
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 MAX_TIME = "max_time"
-REASONS = (*(number.name for number in SIGNALS), MAX_TIME)
+ORPHANED = "the end of its launcher"
+REASONS = (*(number.name for number in SIGNALS), MAX_TIME, ORPHANED)
+SAY_S = 60  # of waiting for data
+LOOK_S = 1.0  # between two looks at the launcher
 WAIT_S = 10  # for data or at the start, after a signal
 STEP_S = 120  # of a step that doesn't end, after a signal
 
@@ -38,8 +44,9 @@ class StopRequests:
     def __init__(self):
         self.reason: str | None = None
         self.last_checkpoint = "none"
+        self._launcher = Launcher()
         self._began = time.monotonic()
-        self._max_s = 0.0
+        self._max_s, self._max_wait_s = 0.0, 0.0
         self._doing, self._doing_since = "starting", self._began
 
     def take_signals(self, prog: str) -> None:
@@ -67,20 +74,23 @@ class StopRequests:
     @property
     def code(self) -> int:
         """0, or a number for why this process wants to stop, for `reason_of`; larger ones win where ranks differ."""
+        if self.reason is None and self._launcher.is_gone:
+            self.reason = ORPHANED
         if self.reason is None and self._max_s and time.monotonic() - self._began > self._max_s:
             self.reason = MAX_TIME
         return 0 if self.reason is None else 1 + REASONS.index(self.reason)
 
-    def start_training(self, max_minutes: float) -> None:
+    def start_training(self, max_minutes: float, max_wait_minutes: float) -> None:
         """From now on signals wait for the end of the step.
 
         Args:
             max_minutes: time limit, counted from the making of this object; 0: none.
+            max_wait_minutes: longest wait for one micro-batch, after which the process ends; 0: none.
 
         Raises:
-            Terminated: one came meanwhile.
+            Terminated: a signal came meanwhile.
         """
-        self._max_s = 60 * max_minutes
+        self._max_s, self._max_wait_s = 60 * max_minutes, 60 * max_wait_minutes
         self.now("training")
         if self.reason is not None:
             raise self._terminated_at_start()
@@ -117,25 +127,75 @@ class StopRequests:
                 signal.signal(number, signal.SIG_DFL)
 
     def _watch(self, prog: str, wakeups: int) -> None:
-        """After a signal, end a process that doesn't; in a thread of its own."""
-        asked_at, name = None, ""
+        """After a signal, or after too long a wait, end a process that doesn't; in a thread of its own."""
+        asked_at, name, told_at = None, "", 0.0
         while True:
-            readable = select.select([wakeups], [], [], None if asked_at is None else 1.0)[0]
-            if readable:
+            if select.select([wakeups], [], [], 1.0)[0]:
                 numbers = [n for n in os.read(wakeups, 4096) if n in SIGNALS]
                 if numbers and asked_at is None:
                     asked_at, name = time.monotonic(), signal.Signals(numbers[0]).name
-            if asked_at is None or self._doing == "saving":
+            doing, since = self._doing, self._doing_since
+            waited = time.monotonic() - since
+            if asked_at is not None and doing != "saving":
+                limit = STEP_S if doing == "training" else WAIT_S
+                if time.monotonic() - max(asked_at, since) > limit:
+                    self._end(f"{prog}: stopped by {name} after {limit} s of {doing}")
+            if doing != "waiting for data":
                 continue
-            limit = STEP_S if self._doing == "training" else WAIT_S
-            if time.monotonic() - max(asked_at, self._doing_since) > limit:
-                print(
-                    f"{prog}: stopped by {name} after {limit} s of {self._doing}, without saving; the last "
-                    f"checkpoint is {self.last_checkpoint}, and the same command continues",
-                    file=sys.stderr,
-                    flush=True,
-                )
-                os._exit(EXIT_TERMINATED)
+            if self._max_wait_s and waited > self._max_wait_s:
+                self._end(f"{prog}: stopped after {waited:.0f} s of waiting for data, more than max_wait allows")
+            if waited > SAY_S and since != told_at:
+                logger.warning("waiting for data for %.0f s", waited)
+                told_at = since
+
+    def _end(self, why: str) -> None:
+        print(
+            f"{why}, without saving; the last checkpoint is {self.last_checkpoint}, and the same command continues",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(EXIT_TERMINATED)
+
+
+class Launcher:
+    """The processes of `torchrun` or `deepspeed` above this one, none if neither started it: a shell may end."""
+
+    def __init__(self):
+        self._looked_at = time.monotonic()
+        self._gone = False
+        parent = os.getppid()
+        self._parents = [parent]  # above this process
+        if "deepspeed" in _command(parent):  # its launch.py, below `deepspeed`
+            self._parents.append(_parent_of(parent))
+        elif "TORCHELASTIC_RUN_ID" not in os.environ:
+            self._parents = []
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether one of them has ended; looked up once a second at most."""
+        if self._parents and not self._gone and time.monotonic() - self._looked_at > LOOK_S:
+            self._looked_at = time.monotonic()
+            process = os.getpid()
+            for parent in self._parents:
+                self._gone |= _parent_of(process) != parent
+                process = parent
+        return self._gone
+
+
+def _parent_of(process: int) -> int | None:
+    if process == os.getpid():
+        return os.getppid()
+    try:
+        return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
+    except (OSError, ValueError):
+        return None
+
+
+def _command(process: int) -> str:
+    try:
+        return Path(f"/proc/{process}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+    except OSError:
+        return ""
 
 
 def reason_of(code: int) -> str:
