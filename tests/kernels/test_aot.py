@@ -22,6 +22,7 @@ SIMULATED_US = {16: (545, 165), 32: (660, 165), 64: (815, 175)}
 # simulation with all spills in L2; benchmarks/NOTES.md has the figures. Everything else spills nothing.
 SPILLS = {
     **{("197", d_s, "bfloat16", use): 115 for d_s in ("16", "32") for use in ("qk", "loss")},
+    ("197", "64", "bfloat16", "d_x"): 15,
     ("128", "64", "float16", "qk+vv"): 20,
 }
 
