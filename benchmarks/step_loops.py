@@ -22,6 +22,7 @@ from providers import official
 from step_roofs import PAIRS, RELATIONS
 from tinymim_fast import engine as engines
 from tinymim_fast.config import parse
+from tinymim_fast.deepspeed_config import deepspeed_config
 from tinymim_fast.distributed import World
 from tinymim_fast.models.checkpoints import load_encoder
 from tinymim_fast.models.vit import create_vit, init_mae_style
@@ -101,7 +102,7 @@ def ours(config: DistillConfig, world: World, opened: ExitStack) -> Loop:
     batches = config.batch_plan(1)
     settings = {name: getattr(config, name) for name in ("zero_stage", "bf16", "clip_grad")}
     optimizer = {name: getattr(config, name) for name in ("weight_decay", "opt_betas", "seed")}
-    ds_config = engines.deepspeed_config(batches, **settings)
+    ds_config = deepspeed_config(batches, **settings)
     regions = task.regions if wanted(config.compile, world.device) else ()
     opened.enter_context(Compiler()).compile(regions)
     engine = engines.Engine(task.model, ds_config, world, lr_at=lambda step: LR, regions=regions, **optimizer)

@@ -92,6 +92,7 @@ def test_who_fails_gets_no_number(world, folder, monkeypatch):
 def test_ours_is_the_loops_own_step(world, folder):
     """The weights after two steps are those of the engine that `training/loop.py` builds, driven by its TrainStep."""
     from tinymim_fast import engine as engines
+    from tinymim_fast.deepspeed_config import deepspeed_config
     from tinymim_fast.tasks.distill import build_task
     from tinymim_fast.training.step import TrainStep
 
@@ -101,7 +102,7 @@ def test_ours_is_the_loops_own_step(world, folder):
     task, batches = build_task(config, world, None), config.batch_plan(1)
     engine = engines.Engine(
         task.model,
-        engines.deepspeed_config(batches, zero_stage=config.zero_stage, bf16=config.bf16),
+        deepspeed_config(batches, zero_stage=config.zero_stage, bf16=config.bf16),
         world,
         lr_at=lambda step: step_loops.LR,
         weight_decay=config.weight_decay,

@@ -17,6 +17,7 @@ if __name__ == "__main__":
 
 from tinymim_fast import engine as engines
 from tinymim_fast.batches import BatchPlan
+from tinymim_fast.deepspeed_config import deepspeed_config
 from tinymim_fast.training.step import TrainStep
 
 STEPS, BATCH, ACCUMULATION = 4, 8, 2
@@ -82,7 +83,7 @@ def main():
                 batches = BatchPlan(
                     micro_batch_size=BATCH, accumulation_steps=ACCUMULATION, world_size=world.world_size
                 )
-                config = engines.deepspeed_config(batches, zero_stage=stage, bf16=bf16, clip_grad=clip)
+                config = deepspeed_config(batches, zero_stage=stage, bf16=bf16, clip_grad=clip)
                 if stage == 3:  # else weights as small as these are never divided
                     config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
                 engine = engines.Engine(Network(), config, world, lr_at=lr_at, weight_decay=0.1)

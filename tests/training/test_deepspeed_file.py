@@ -6,7 +6,7 @@ pytest.importorskip("deepspeed")
 
 from support.programs import distill_flags, run_forked
 from tinymim_fast.batches import BatchPlan
-from tinymim_fast.engine import deepspeed_config
+from tinymim_fast.deepspeed_config import deepspeed_config
 from tinymim_fast.errors import EXIT_INPUT, InputError
 
 PLAN = BatchPlan(micro_batch_size=4, accumulation_steps=1, world_size=1)

@@ -6,7 +6,8 @@ import torch
 pytest.importorskip("deepspeed")
 
 from tinymim_fast.batches import BatchPlan
-from tinymim_fast.engine import Engine, deepspeed_config, parameter_groups
+from tinymim_fast.deepspeed_config import deepspeed_config
+from tinymim_fast.engine import Engine, parameter_groups
 from tinymim_fast.training.step import TrainStep
 
 

@@ -13,8 +13,9 @@ import torch
 from tinymim_fast.config import RunConfig, to_yaml
 from tinymim_fast.data import ImageIndex, build_loader
 from tinymim_fast.data.bad_files import BadFiles
+from tinymim_fast.deepspeed_config import deepspeed_config, refusals
 from tinymim_fast.distributed import World, seed_rank
-from tinymim_fast.engine import Engine, deepspeed_config, refusals
+from tinymim_fast.engine import Engine
 from tinymim_fast.errors import InputError, NonFiniteLossError, Terminated, flags
 from tinymim_fast.files import remove_unfinished, set_aside, write_text
 from tinymim_fast.models.checkpoints import latest_checkpoint
