@@ -41,8 +41,8 @@ def whole_file(path: str | Path) -> Iterator[Path]:
 def whole_folder(path: str | Path) -> Iterator[Path]:
     """An empty temporary folder to fill; it becomes `path`, which must be empty or missing, as the with block ends.
 
-    An exception inside leaves nothing behind. The current folder stays the same one, since a shell stands in it: what was
-    made is moved into it, one name after the other.
+    An exception inside leaves nothing behind. The current folder stays the same one, since a shell stands in it: what
+    was made is moved into it, one name after the other.
 
     Raises:
         OSError: the folder can't be written, or `path` holds something.
