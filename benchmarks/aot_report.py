@@ -6,8 +6,9 @@ A row is one launch, for the tile that is checked in for the target, of a use of
 through a kernel's machine code the shortest is counted, its loop as often as N asks for: the single pass's second
 launch, for rows that need their maximum, counts as returning at once. Instructions and MUFU are per (query, key) pair
 that the tiles hold, padding included, and per lane. issue_us is the time in which an H200 (132 SMs at 1.75 GHz)
-issues them at four warp instructions per clock and SM, for B=256, H=12: a lower bound, not a timing. AMD code is
-counted statically, and has no such bound.
+issues them at four warp instructions per clock and SM, for B=256, H=12: a lower bound, not a timing. simulated_us is
+what latency.py makes of the same path on the target's own GPU, for three sets of latencies; empty where it does not
+know an instruction. AMD code is counted statically, and has neither.
 """
 
 import argparse
@@ -15,15 +16,14 @@ import csv
 import math
 import os
 import re
-import subprocess
 import sys
-import tempfile
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from itertools import product
 from pathlib import Path
+from statistics import fmean
 
 import torch
 import triton
@@ -31,10 +31,13 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
+import latency
+import sass
+import sm_model
+from sass import Instruction
 from tinymim_fast.kernels import tiles, triton_backend
 from tinymim_fast.kernels.operands import Launch, Operands
 
-NVIDIA_BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_89": GPUTarget("cuda", 89, 32),
@@ -44,16 +47,14 @@ TARGETS = {
 }
 NUM_IMAGES, NUM_HEADS = 256, 12
 H200_ISSUE_PER_US = 132 * 4 * 1750  # warp instructions
-# Of one SM: shared memory in bytes, warps, blocks. Registers are 65,536 on all.
-SM = {
-    "sm_80": (164 * 1024, 64, 32),
-    "sm_89": (100 * 1024, 48, 24),
-    "sm_90": (228 * 1024, 64, 32),
-    "sm_100": (228 * 1024, 64, 32),
+LATENCIES = {
+    "simulated_us_optimistic": sm_model.OPTIMISTIC,
+    "simulated_us": sm_model.MIDDLE,
+    "simulated_us_pessimistic": sm_model.PESSIMISTIC,
 }
-# What a kernel is compiled for: one packed relation, both with lengths, the loss alone, the gradient of one side,
-# and the backward pass of reduction "none" with lengths.
-USES = ("qk", "qk+vv", "forward", "d_x", "d_y", "rows")
+# What a kernel is compiled for: one packed relation, both as a training step has them, both with lengths, the loss
+# alone, the gradient of one side, and the backward pass of reduction "none" with lengths.
+USES = ("qk", "loss", "qk+vv", "forward", "d_x", "d_y", "rows")
 # (N, D_s, D_t, dtype, use) that are compiled: the paper's head widths, every bucket of N, the widest heads, and for
 # the tiles that fill the registers, the uses that take most of them. tf32 is fp32 with products in TF32.
 SHAPES = [
@@ -64,7 +65,8 @@ SHAPES = [
     (577, 128, 128, "bfloat16", "qk"),
     (197, 64, 64, "float32", "qk"),
     (197, 64, 64, "tf32", "qk"),
-    *((197, 64, 64, "bfloat16", use) for use in ("forward", "d_x", "d_y")),
+    *((197, d_s, 64, "bfloat16", use) for d_s in (16, 32, 64) for use in ("loss", "forward")),
+    *((197, 64, 64, "bfloat16", use) for use in ("d_x", "d_y")),
     *((197, d_s, 64, "float16", use) for d_s in (16, 32, 64) for use in ("qk+vv", "rows")),
     *((n, 64, 64, "float16", "qk+vv") for n in (17, 50, 128, 256)),
     *((577, 128, 128, "float16", use) for use in ("qk+vv", "rows")),
@@ -99,32 +101,26 @@ class Row:
     mufu_per_element: float | str = ""
     instructions_per_element: float | str = ""
     issue_us: float | str = ""
+    simulated_us_optimistic: float | str = ""
+    simulated_us: float | str = ""
+    simulated_us_pessimistic: float | str = ""
     triton: str = triton.__version__
 
 
-@dataclass(frozen=True)
-class Instruction:
-    """One line of a disassembly."""
-
-    address: int
-    predicate: str
-    opcode: str
-    operands: str
-
-
-def operands(num_tokens: int, head_dim_s: int, head_dim_t: int, dtype: str, use: str) -> Operands:
-    """As RelationLoss launches packed projections, relation_kl the other uses; on "meta": nothing is allocated."""
+def operands(num_tokens: int, head_dim_s: int, head_dim_t: int, dtype: str, use: str, device: str = "meta") -> Operands:
+    """As RelationLoss launches packed projections, relation_kl the other uses; on "meta" nothing is allocated."""
     dtype = torch.float32 if dtype == "tf32" else getattr(torch, dtype)
-    packed = use.startswith("qk")
+    packed = use in ("qk", "loss", "qk+vv")
+    both = use in ("loss", "qk+vv")
 
     def projection(head_dim: int) -> Tensor:
         if packed:
             shape = NUM_IMAGES, num_tokens, 3, NUM_HEADS, head_dim
-            return torch.empty(shape, dtype=dtype, device="meta")[:, :, 0].transpose(1, 2)
-        return torch.empty(NUM_IMAGES, NUM_HEADS, num_tokens, head_dim, dtype=dtype, device="meta")
+            return torch.empty(shape, dtype=dtype, device=device)[:, :, 0].transpose(1, 2)
+        return torch.empty(NUM_IMAGES, NUM_HEADS, num_tokens, head_dim, dtype=dtype, device=device)
 
     student, teacher, gradient = projection(head_dim_s), projection(head_dim_t), projection(head_dim_s)
-    weights = torch.empty(NUM_IMAGES, NUM_HEADS, num_tokens, device="meta")
+    weights = torch.empty(NUM_IMAGES, NUM_HEADS, num_tokens, device=device)
     return Operands(
         x_s=student,
         y_s=student,
@@ -134,9 +130,9 @@ def operands(num_tokens: int, head_dim_s: int, head_dim_t: int, dtype: str, use:
         d_y=None if use in ("forward", "d_x") else gradient,
         scale_s=head_dim_s**-0.5,
         scale_t=head_dim_t**-0.5,
-        lengths=torch.empty(NUM_IMAGES, dtype=torch.int64, device="meta") if use in ("qk+vv", "rows") else None,
+        lengths=torch.empty(NUM_IMAGES, dtype=torch.int64, device=device) if use in ("qk+vv", "rows") else None,
         weights=weights if use == "rows" else None,
-        relations=((0, 1), (2, 2)) if use == "qk+vv" else ((0, 1),),
+        relations=((0, 1), (2, 2)) if both else ((0, 1),),
         stride_s_p=NUM_HEADS * head_dim_s if packed else 0,
         stride_t_p=NUM_HEADS * head_dim_t if packed else 0,
         stride_d_p=NUM_HEADS * head_dim_s if packed else 0,
@@ -170,101 +166,39 @@ def compile_launch(launch: Launch, target: GPUTarget) -> CompiledKernel:
     return triton.compile(source, target=target, options={"num_warps": launch.num_warps})
 
 
-def disassembled(cubin: bytes) -> tuple[list[Instruction], int]:
-    """Machine code and registers."""
-    pattern = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z0-9_.]+)(.*?);")
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-
-        def run(flag: str) -> str:
-            command = [str(NVIDIA_BIN / "cuobjdump"), flag, file.name]
-            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-        matches = [match for line in run("-sass").splitlines() if (match := pattern.match(line))]
-        registers = int(re.search(r"REG:(\d+)", run("-res-usage"))[1])
-    code = [Instruction(int(m[1], 16), (m[2] or "").strip(), m[3], m[4]) for m in matches]
-    return code, registers
+def simulated_us(target: str, launch: Launch, code: list[Instruction], blocks: int, traces: list[list[int]]) -> dict:
+    """By the simulation's latencies, of programs that take the traces in equal parts; empty if not modelled."""
+    gpu, figures = sm_model.GPUS[target], {}
+    for name, latencies in LATENCIES.items():
+        try:
+            clocks = [
+                latency.clocks_per_block(code, trace, launch.num_warps, blocks, latencies, gpu) for trace in traces
+            ]
+        except sm_model.NotModelled:
+            return {}
+        figures[name] = round(latency.microseconds(fmean(clocks), math.prod(launch.grid), blocks, gpu), 1)
+    return figures
 
 
-def successors(code: list[Instruction]) -> list[list[int]]:
-    """Of each instruction, the indices of those that may come after it."""
-    index = {instruction.address: i for i, instruction in enumerate(code)}
-    after: list[list[int]] = []
-    for i, instruction in enumerate(code):
-        operation = instruction.opcode.split(".")[0]
-        conditional = bool(instruction.predicate) or re.search(r"\bU?P\d", instruction.operands) is not None
-        next_ones = [i + 1] if conditional or operation not in ("BRA", "CALL", "EXIT", "RET") else []
-        if operation in ("BRA", "CALL"):  # here, a CALL is a jump that does not come back
-            next_ones.append(index[int(re.search(r"0x([0-9a-f]+)", instruction.operands)[1], 16)])
-        after.append([j for j in next_ones if j < len(code)])
-    return after
-
-
-def shortest_path(
-    after: list[list[int]], start: int, goals: set[int], without: tuple[int, int] = (-1, -1)
-) -> list[int]:
-    """Indices from `start` to the nearest goal, empty if there is no way but over the edge `without`."""
-    previous = {start: -1}
-    queue = deque([start])
-    while queue:
-        i = queue.popleft()
-        if i in goals:
-            path = [i]
-            while previous[path[-1]] >= 0:
-                path.append(previous[path[-1]])
-            return path[::-1]
-        for j in after[i]:
-            if j not in previous and (i, j) != without:
-                previous[j] = i
-                queue.append(j)
-    return []
-
-
-def executed(code: list[Instruction], num_iterations: int, skip_loop: bool) -> Counter:
-    """Warp instructions by opcode on the shortest path; its loop runs `num_iterations` times, or is skipped."""
-    after = successors(code)
-    exits = {i for i, instruction in enumerate(code) if instruction.opcode == "EXIT" and not instruction.predicate}
-    exits |= {i for i, instruction in enumerate(code) if instruction.opcode == "EXIT" and skip_loop}
-    # Backward jumps: the widest is the loop over tiles, others wait for a barrier and are passed once.
-    loops = [(i, j) for i, targets in enumerate(after) for j in targets if j < i]
-    counts: Counter = Counter()
-    if skip_loop or not loops:
-        paths = [(1, shortest_path(after, 0, exits))]
-    else:
-        latch, header = max(loops, key=lambda loop: loop[0] - loop[1])
-        # The loop is left behind its last instruction, or at its first.
-        way_out = shortest_path(after, latch, exits, (latch, header))[1:] or shortest_path(after, header, exits)
-        paths = [
-            (1, shortest_path(after, 0, {header})[:-1]),
-            (num_iterations, shortest_path(after, header, {latch})),
-            (1, way_out),
-        ]
-        assert all(path for _, path in paths), "no way through the code"
-    for times, path in paths:
-        for i in path:
-            counts[code[i].opcode] += times
-    return counts
-
-
-def blocks_per_sm(target: str, registers: int, shared_bytes: int, num_warps: int) -> int:
-    """How many blocks fit on an SM at once, by registers, shared memory, warps and the hardware's limit."""
-    shared, warps, blocks = SM[target]
-    by_registers = 65536 // (32 * num_warps * math.ceil(registers / 8) * 8)
-    return min(by_registers, shared // (shared_bytes + 1024), warps // num_warps, blocks)
-
-
-def nvidia_row(target: str, launch: Launch, compiled: CompiledKernel, num_tokens: int) -> dict:
+def nvidia_row(
+    target: str, launch: Launch, compiled: CompiledKernel, num_tokens: int, with_itself: bool = False
+) -> dict:
     """Figures of a cubin, static ones and those of the path that is executed."""
-    code, registers = disassembled(compiled.asm["cubin"])
+    code, registers = sass.disassembled(compiled.asm["cubin"])
     arguments = launch.arguments
     own, other = block_sizes(arguments)
     # The single pass loops over queries and keeps the keys; the tiled kernels loop over `other`.
     resident, looped = (arguments["LIVE_KEYS"], own) if "LIVE_KEYS" in arguments else (own, other)
     num_iterations = math.ceil(num_tokens / looped)
     returns_at_once = bool(arguments.get("EXACT")) and arguments["flags_ptr"] is not None
-    counts = executed(code, num_iterations, skip_loop=returns_at_once)
-    in_loop = executed(code, num_iterations, skip_loop=False)
+    # Of two relations, that of v with itself has a longer way out.
+    traces = [
+        sass.executed(code, num_iterations, returns_at_once, long_way_out)
+        for long_way_out in ((False, True) if with_itself and not returns_at_once else (False,))
+    ]
+    counts = Counter(code[i].opcode for i in traces[0])
+    in_loop = Counter(code[i].opcode for i in sass.executed(code, num_iterations))
+    blocks = sass.blocks_per_sm(registers, compiled.metadata.shared, launch.num_warps, sm_model.GPUS[target].limits)
     lanes = 32 * launch.num_warps
     elements = resident * looped * num_iterations / lanes
     num_programs = math.prod(launch.grid)
@@ -280,13 +214,14 @@ def nvidia_row(target: str, launch: Launch, compiled: CompiledKernel, num_tokens
         "spill_stores": static("STL"),
         "spill_loads": static("LDL"),
         "shared_bytes": compiled.metadata.shared,
-        "blocks_per_sm": blocks_per_sm(target, registers, compiled.metadata.shared, launch.num_warps),
+        "blocks_per_sm": blocks,
         "hgmma": static("HGMMA"),
         "hmma": static("HMMA"),
         "tcgen05": static("UTCHMMA") + static("UTCMMA"),
         "mufu_per_element": per_element("MUFU"),
         "instructions_per_element": round(per_element(""), 1),
         "issue_us": round(sum(counts.values()) * launch.num_warps * num_programs / H200_ISSUE_PER_US, 1),
+        **simulated_us(target, launch, code, blocks, traces),
     }
 
 
@@ -334,7 +269,9 @@ def rows_of(target: str, shape: tuple[int, int, int, str, str]) -> list[Row]:
             launch.arguments.update(PRECISION_S="tf32", PRECISION_T="tf32")
         compiled = compile_launch(launch, TARGETS[target])
         hip = TARGETS[target].backend == "hip"
-        figures = amd_row(compiled) if hip else nvidia_row(target, launch, compiled, num_tokens)
+        figures = (
+            amd_row(compiled) if hip else nvidia_row(target, launch, compiled, num_tokens, use in ("loss", "qk+vv"))
+        )
         block_queries, block_keys = block_sizes(launch.arguments)
         rows.append(
             Row(

@@ -83,6 +83,7 @@ def config_of(
         "train_batch_size": batch_size,
         "train_micro_batch_size_per_gpu": batch_size,
         "bf16": str(precision == "bf16").lower(),
+        "teacher_precision": precision,
         "zero_stage": zero_stage,
         "img_size": img_size,
         "data_path": "none",
@@ -134,7 +135,7 @@ def as_the_paper(config: DistillConfig, world: World) -> Loop:
     teacher.to(world.device).eval().requires_grad_(False)
     for module in [*student.modules(), *teacher.modules()]:
         if hasattr(module, "fused_attn"):
-            module.fused_attn = False
+            module.fused_attn, module.kernel = False, "math"
     tapped: list[Tensor] = []
     teacher.blocks[config.target_block - 1].attn.qkv.register_forward_hook(lambda *args: tapped.append(args[-1]))
 

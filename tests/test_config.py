@@ -47,7 +47,7 @@ def test_launchers_flag_is_accepted():
         (["--foo=1"], "foo"),
         (["--epochs=x"], "epochs"),
         (["--epochs=-1"], "--epochs: got -1"),
-        (["--zero-stage=3"], "zero_stage"),
+        (["--zero-stage=4"], "zero_stage"),
         (["--relations=[ab]"], "relations"),
         (["--relations=[qk,qk]"], "--relations"),
         (["--relation-weights=[1.0]"], "--relation-weights"),

@@ -61,14 +61,19 @@ class RunConfig:
         weight_decay: AdamW's, on weights of two and more dimensions only.
         opt_betas: AdamW's.
         clip_grad: largest gradient norm; 0 does not clip.
-        zero_stage: DeepSpeed ZeRO stage, 0, 1 or 2.
+        zero_stage: DeepSpeed ZeRO stage, 0 to 3.
         bf16: bf16 weights with fp32 master weights and fp32 gradient accumulation; else fp32.
+        compile: compile the models' blocks; "auto": on GPUs.
+        attention: "sdpa", "flash", "cudnn" or "efficient" of PyTorch, "xformers", "math" (plain products), or "auto":
+            the fastest by the table in models/attention.py, sdpa where it has no row.
+        profile: optimizer steps to trace, after the first five of a start; 0 traces none.
         deepspeed_config: a DeepSpeed JSON file, merged into what these fields say; a contradiction is an error.
         seed: of the initial weights, the order of the data, the crops, drop path.
         log_interval: optimizer steps between two lines of metrics.
         checkpoint_interval: optimizer steps between checkpoints; 0: by time only.
         checkpoint_minutes: minutes between checkpoints; 0: by steps only. The last step is always saved.
         checkpoint_hist: checkpoints kept.
+        verify_checkpoints: compare a checkpoint with its checksums before going on from it, at 1 to 2 s a GB.
         max_time: minutes from the program's start after which the run saves and stops with code 75; 0: none.
         resume: "auto" continues what `output_dir` holds; "none" starts anew and refuses a folder with checkpoints.
         tensorboard: write event files to `output_dir/tensorboard`.
@@ -89,12 +94,16 @@ class RunConfig:
             "checkpoint_interval",
             "checkpoint_minutes",
             "checkpoint_hist",
+            "verify_checkpoints",
             "max_time",
             "resume",
             "tensorboard",
             "train_micro_batch_size_per_gpu",
             "gradient_accumulation_steps",
             "zero_stage",
+            "compile",
+            "attention",
+            "profile",
             "deepspeed_config",
         ]
     )
@@ -126,14 +135,18 @@ class RunConfig:
     weight_decay: float = 0.05
     opt_betas: tuple[float, float] = (0.9, 0.95)
     clip_grad: float = 0.0
-    zero_stage: Literal[0, 1, 2] = 1
+    zero_stage: Literal[0, 1, 2, 3] = 1
     bf16: bool = True
+    compile: bool | Literal["auto"] = "auto"
+    attention: Literal["auto", "sdpa", "flash", "cudnn", "efficient", "xformers", "math"] = "auto"
+    profile: int = 0
     deepspeed_config: str | None = None
     seed: int = 0
     log_interval: int = 50
     checkpoint_interval: int = 0
     checkpoint_minutes: float = 30.0
     checkpoint_hist: int = 2
+    verify_checkpoints: bool = True
     max_time: float = 0.0
     resume: Literal["auto", "none"] = "auto"
     tensorboard: bool = True
@@ -162,6 +175,7 @@ class RunConfig:
             "clip_grad",
             "checkpoint_interval",
             "checkpoint_minutes",
+            "profile",
             "max_time",
             "seed",
         ]:

@@ -14,16 +14,23 @@ from pathlib import Path
 from typing import Any
 
 import deepspeed
+import deepspeed.runtime.bf16_optimizer
+import deepspeed.runtime.zero.stage3
+import deepspeed.runtime.zero.stage_1_and_2
 import safetensors
 import safetensors.torch
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
     safe_set_full_fp32_param,
     safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
+    set_z3_leaf_module,
 )
 from torch import nn
 
@@ -76,7 +83,7 @@ def deepspeed_config(
 
     Args:
         batches: how the global batch is divided.
-        zero_stage: 0, 1 or 2.
+        zero_stage: 0 to 3.
         bf16: bf16 weights with fp32 master weights and fp32 gradient accumulation; at stage 0 bf16 autocast over fp32
             weights.
         clip_grad: largest gradient norm; 0 does not clip.
@@ -92,15 +99,21 @@ def deepspeed_config(
         "gradient_clipping": clip_grad,
         # round_robin_gradients on two ranks: safe_get_full_fp32_param gave other weights' values (DeepSpeed 0.19.8)
         "zero_optimization": {"stage": zero_stage, "round_robin_gradients": False},
-        "bf16": {"enabled": bf16},
+        # A gradient that isn't finite makes the next loss so, which the loop looks at; a check here reads the device.
+        "bf16": {"enabled": bf16, "check_grad_overflow": False},
         "fp16": {"enabled": False},
         "data_types": {"grad_accum_dtype": "fp32"},
         "steps_per_print": None,
     }
     if bf16 and zero_stage == 0:
         # Without ZeRO, DeepSpeed has no fp32 accumulation for bf16 weights; autocast over fp32 weights is the same.
-        ours["bf16"] = {"enabled": False}
+        ours["bf16"]["enabled"] = False
         ours["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+    if not clip_grad and (zero_stage == 2 or (zero_stage == 1 and not bf16)):  # others compute it whatever one says
+        ours["zero_optimization"]["compute_grad_norm"] = False
+    if zero_stage == 3:
+        # Replaces F.linear for the whole process, the teacher's too; the gradient of bf16 weights is then another one.
+        ours["zero_optimization"]["memory_efficient_linear"] = False
     if deepspeed_config is None:
         return ours
     path = Path(deepspeed_config)
@@ -218,6 +231,7 @@ class Engine:
         weight_decay: of AdamW, see `parameter_groups`.
         opt_betas: AdamW's.
         seed: of the random numbers of a continuation whose own can't be restored.
+        regions: modules of `model` that are compiled: ZeRO-3 gathers the weights of one at once, no hooks inside.
 
     `forward` takes what the model's forward takes; floating-point inputs in `dtype`.
     """
@@ -232,6 +246,7 @@ class Engine:
         weight_decay: float = 0.05,
         opt_betas: tuple[float, float] = (0.9, 0.95),
         seed: int = 0,
+        regions: Iterable[nn.Module] = (),
     ):
         half = ds_config["bf16"]["enabled"] or ds_config.get("torch_autocast", {}).get("enabled", False)
         self.world = world
@@ -239,9 +254,13 @@ class Engine:
         self._seed = seed
         self._lr_at = lr_at
         self._trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._shapes = {name: p.shape for name, p in self._trained.items()}
+        self._stage_3 = ds_config["zero_optimization"]["stage"] == 3
         exact = {name: p.detach().clone() for name, p in self._trained.items()}
         groups = parameter_groups(model.parameters(), weight_decay)
-        self._adamw = torch.optim.AdamW(groups, lr=1.0, betas=opt_betas, fused=world.device.type == "cuda")
+        self._adamw = torch.optim.AdamW(groups, lr=1.0, betas=opt_betas, fused=True)
+        for region in regions:
+            set_z3_leaf_module(region, True)
         with _quiet():
             self._engine, *_ = deepspeed.initialize(
                 model=model,
@@ -251,9 +270,14 @@ class Engine:
                 lr_scheduler=lambda wrapped: torch.optim.lr_scheduler.LambdaLR(wrapped, lr_at),
                 config=ds_config,
             )
+        self._states_of = [
+            p for group in self._adamw.param_groups for p in group["params"]
+        ]  # flat partitions under ZeRO
+        if self._stage_3:  # which puts them into the groups for the moment of a step only
+            self._states_of = self._engine.optimizer.fp32_partitioned_groups_flat
         for name, parameter in self._trained.items():
             if parameter.dtype != torch.float32:  # DeepSpeed made the master weights from ones already rounded
-                safe_set_full_fp32_param(parameter, exact[name])
+                self._set(parameter, exact[name])
         self._start_at(0)
         self.forward = self._engine
 
@@ -274,7 +298,8 @@ class Engine:
         """fp32 master weights of what the optimizer trains, on the CPU. Collective."""
         state = {}
         for name, parameter in self._trained.items():
-            full = parameter if parameter.dtype == torch.float32 else safe_get_full_fp32_param(parameter)
+            whole = parameter.dtype == torch.float32 and not self._stage_3
+            full = parameter if whole else safe_get_full_fp32_param(parameter)
             state[name] = full.detach().float().cpu().clone()
         return state
 
@@ -313,9 +338,13 @@ class Engine:
                 for name, parameter in self._trained.items():
                     for moment in MOMENTS:
                         value = file.get_tensor(f"{moment}.{name}")
-                        if value.shape != parameter.shape:
-                            raise ValueError(f"{moment}.{name} is {tuple(value.shape)}, want {tuple(parameter.shape)}")
-                        safe_set_full_optimizer_state(parameter, value, moment)
+                        if value.shape != self._shapes[name]:
+                            raise ValueError(
+                                f"{moment}.{name} is {tuple(value.shape)}, want {tuple(self._shapes[name])}"
+                            )
+                        if not value.isfinite().all():
+                            raise ValueError(f"{moment}.{name} is not finite")
+                        self._set(parameter, value, moment)
                         if parameter in self._adamw.state:  # without ZeRO
                             self._adamw.state[parameter][moment].copy_(value)
                 random = {key: file.get_tensor(key) for key in file.keys() if key.startswith("random_")}  # noqa: SIM118
@@ -323,6 +352,17 @@ class Engine:
             raise InputError(f"{path}: can't be continued from: {error}") from error
         self._restore_random_states(random, client_state["step"])
         return client_state
+
+    def _set(self, parameter: nn.Parameter, value: torch.Tensor, *moment: str) -> None:
+        """The fp32 master weight, or a moment, of a parameter that ZeRO may have divided; `value` is whole."""
+        if not self._stage_3:
+            (safe_set_full_optimizer_state if moment else safe_set_full_fp32_param)(parameter, value, *moment)
+            return
+        # By itself stage 3 fails where the ranks don't divide the number of elements: the last rank's part is padded.
+        size = parameter.ds_tensor.numel()
+        padded = F.pad(value.flatten(), (0, size * self.world.world_size - value.numel()))
+        part = padded.narrow(0, size * self.world.rank, size)
+        (safe_set_local_optimizer_state if moment else safe_set_local_fp32_param)(parameter, part, *moment)
 
     def _start_at(self, step: int) -> None:
         """Schedule and moments, zero, of an optimizer that took `step` steps."""
@@ -333,13 +373,13 @@ class Engine:
         self._engine.global_steps = step
         for group in self._adamw.param_groups:
             group["lr"] = lr
-            for parameter in group["params"]:  # flat partitions under ZeRO
-                self._adamw.state[parameter] = {
-                    "step": torch.tensor(float(step), device=parameter.device if group["fused"] else "cpu"),
-                    **{moment: torch.zeros_like(parameter) for moment in MOMENTS},
-                }
+        for parameter in self._states_of:
+            self._adamw.state[parameter] = {
+                "step": torch.tensor(float(step), device=parameter.device),
+                **{moment: torch.zeros_like(parameter) for moment in MOMENTS},
+            }
         zero = self._engine.optimizer
-        if zero is not self._adamw:
+        if zero is not self._adamw and not self._stage_3:
             # By itself ZeRO-2 links moments to weights in the step of the first group, when the other groups have none.
             zero._hp_optimizer_states_linked = False
             zero._lazy_init_hp_params_optimizer_state()
@@ -367,6 +407,29 @@ def save_state(folder: Path, state: Mapping[str, torch.Tensor], client_state: Ma
     safetensors.torch.save_file(dict(state), path, {"format": "pt", "client_state": json.dumps(client_state)})
     with open(path, "rb") as file:
         os.fsync(file.fileno())
+
+
+def _leave_gradients_on_the_device() -> None:
+    """No bool of the gradient's norm in each step.
+
+    By itself DeepSpeed makes one, drops the step in silence where the norm isn't finite, and lets the schedule lag from
+    then on. Here such a step makes the weights NaN, and the loss after it, which the loop looks at.
+    """
+    for module in (
+        deepspeed.runtime.bf16_optimizer,
+        deepspeed.runtime.zero.stage_1_and_2,
+        deepspeed.runtime.zero.stage3,
+    ):
+        module.is_invalid_grad_norm = lambda norm: False
+    deepspeed.runtime.bf16_optimizer.clip_tensors_by_global_norm = _clip
+
+
+def _clip(input_tensors: list[torch.Tensor], max_norm: float, global_norm: torch.Tensor, mpu: object = None) -> None:
+    """DeepSpeed's, without its question whether there is anything to clip."""
+    torch._foreach_mul_(input_tensors, (max_norm / (global_norm + 1e-6)).clamp(max=1.0))
+
+
+_leave_gradients_on_the_device()
 
 
 @contextlib.contextmanager

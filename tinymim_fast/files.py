@@ -7,6 +7,7 @@ that holds it is synced, so that neither a kill nor a power cut leaves half of i
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import secrets
 import shutil
@@ -15,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 PREFIX = "tmp_"
+CHECKSUMS = "SHA256SUMS"
 
 
 @contextmanager
@@ -103,6 +105,50 @@ def remove_unfinished(folder: str | Path) -> None:
             shutil.rmtree(path)
         else:
             path.unlink()
+
+
+def write_checksums(folder: str | Path) -> None:
+    """`folder/SHA256SUMS`, a line for each file in it: what `sha256sum --check SHA256SUMS` reads.
+
+    Raises:
+        OSError: a file can't be read, or the list can't be written.
+    """
+    names = sorted(path.name for path in Path(folder).iterdir() if path.is_file())
+    write_text(Path(folder) / CHECKSUMS, "".join(f"{sha256(Path(folder) / name)}  {name}\n" for name in names))
+
+
+def differing(folder: str | Path) -> list[str]:
+    """Names in `folder/SHA256SUMS` whose files are missing or others; the list's own name where it can't be read.
+
+    Without a list there is nothing to differ from.
+    """
+    path = Path(folder) / CHECKSUMS
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        listed = [(name, digest) for digest, name in (line.split("  ", 1) for line in lines)]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError):
+        return [CHECKSUMS]
+    return (
+        [name for name, digest in listed if _sha256_or_none(path.with_name(name)) != digest] if listed else [CHECKSUMS]
+    )
+
+
+def sha256(path: str | Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb", buffering=0) as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _sha256_or_none(path: Path) -> str | None:
+    try:
+        return sha256(path)
+    except OSError:
+        return None
 
 
 def _beside(path: Path) -> Path:

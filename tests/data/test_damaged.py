@@ -196,6 +196,7 @@ def test_a_bad_replacement_is_replaced_too(damageable_index, loader_name):
         }
 
 
+@pytest.mark.fault("the data folder goes away", "one line")
 def test_an_unmounted_folder_ends_the_run(damageable_index, loader_name):
     shutil.rmtree(damageable_index.root)
     with (

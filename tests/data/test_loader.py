@@ -191,6 +191,9 @@ def test_dalis_settings_change_no_value(drawn_index, loader_name, device):
     ):
         for a, b in zip(copies(changed.batches(0, 3)), copies(usual.batches(0, 3))):
             assert torch.equal(a, b)
+    for name, value in (("hw_decoder_load", 2), ("prefetch_queue_depth", 0), ("host_memory_padding", "1 GB")):
+        with pytest.raises(DataError, match=f"dali_kwargs: got {name} of {value!r}, want (int|float) from "):
+            train_loader(drawn_index, loader_name, dali_kwargs={name: value})
     with pytest.raises(DataError, match="dali_kwargs: got hw_load, want any of hw_decoder_load"):
         train_loader(drawn_index, loader_name, dali_kwargs={"hw_load": 0.5})
 

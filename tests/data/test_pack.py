@@ -219,6 +219,7 @@ def test_more_shards_than_files_may_be_open(tmp_path):
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
+@pytest.mark.fault("a shard is cut off", "the shard is named")
 @pytest.mark.parametrize("cut", [700, 11000, 20000])
 def test_a_truncated_shard_is_named(packed, loader_name, cut):
     index = find_images(packed)
@@ -235,6 +236,7 @@ def test_a_truncated_shard_is_named(packed, loader_name, cut):
         next(loader.batches(0, 1))
 
 
+@pytest.mark.fault("`pack` is killed", "it leaves no processes")
 def test_a_killed_program_leaves_no_processes():
     code = """
 import os, time

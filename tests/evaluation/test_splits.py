@@ -45,6 +45,7 @@ def test_the_same_classes(classes, tmp_path):
     assert val.labels.tolist() == train.labels.tolist()
 
 
+@pytest.mark.fault("validation classes are missing or empty", "labels match by name; said")
 @pytest.mark.parametrize("missing", CLASSES)
 def test_a_class_without_validation_images_is_said_and_shifts_no_label(missing, classes, tmp_path, caplog):
     caplog.set_level(logging.WARNING)
@@ -55,6 +56,7 @@ def test_a_class_without_validation_images_is_said_and_shifts_no_label(missing, 
     assert f"no validation images of 1 classes: {missing}" in caplog.text
 
 
+@pytest.mark.fault("validation classes are missing or empty", "labels match by name; said")
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_an_empty_folder_shifts_no_label(split, classes, tmp_path):
     (both(tmp_path, classes) / split / "@eaDir").mkdir()
@@ -114,6 +116,7 @@ ERRORS = {
 }
 
 
+@pytest.mark.fault("an evaluation without val/, labels or shared classes", "an error, no number", tries=7)
 @pytest.mark.parametrize("make", ERRORS, ids=lambda make: make.__name__)
 def test_what_tells_nothing_is_an_error(make, classes, tmp_path):
     make(tmp_path, classes)

@@ -143,6 +143,7 @@ def test_what_is_no_checkpoint_is_named(tmp_path):
             load(path)
 
 
+@pytest.mark.fault("a weights file that would run code or open other files", "refused, nothing is executed")
 def test_a_pickle_that_runs_code_is_refused(tmp_path):
     class Evil:
         def __reduce__(self):

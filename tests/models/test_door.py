@@ -99,6 +99,10 @@ def no_network(monkeypatch):
     monkeypatch.setattr(timm, "create_model", watched)
 
 
+@pytest.mark.fault(
+    "metadata of a weights file names a URL, a path, code or an absurd size",
+    "refused, with what is wrong; nothing is fetched, opened or built",
+)
 @pytest.mark.parametrize("attack", ATTACKS.values(), ids=ATTACKS)
 def test_metadata_of_a_file_reaches_timm_only_through_the_door(attack, state, tmp_path, no_network, capsys):
     """Teacher, export and evaluation."""

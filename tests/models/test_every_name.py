@@ -36,6 +36,9 @@ def small(name):
     return create_vit(name, img_size=size, **kwargs), {**kwargs, "img_size": size}
 
 
+@pytest.mark.fault(
+    "any vision transformer of timm's as a student", "trains, is saved and loads, or is refused at the start", tries=508
+)
 @pytest.mark.slow
 @pytest.mark.parametrize("module", modules())
 def test_a_student_that_is_accepted_trains(module, tmp_path):

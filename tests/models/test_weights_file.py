@@ -52,6 +52,9 @@ PREFIXES = [
 ]
 
 
+@pytest.mark.fault(
+    "weights behind prefixes, in several models, beside other objects", "loaded; which was taken is said", tries=36
+)
 @pytest.mark.parametrize("form", ["pth", "nested", "safetensors"])
 @pytest.mark.parametrize("prefix", PREFIXES)
 def test_prefixes_come_off(prefix, form, state, tmp_path):
@@ -72,6 +75,9 @@ def test_wrappers_come_off_where_they_stand_inside(state, tmp_path):
     assert torch.equal(load(tmp_path / "m.pth")[0].state_dict()[WEIGHT], state[WEIGHT])
 
 
+@pytest.mark.fault(
+    "weights behind prefixes, in several models, beside other objects", "loaded; which was taken is said"
+)
 @pytest.mark.parametrize(
     ("content", "taken"),
     [
@@ -117,6 +123,9 @@ BESIDE = {
 }
 
 
+@pytest.mark.fault(
+    "weights behind prefixes, in several models, beside other objects", "loaded; which was taken is said"
+)
 @pytest.mark.parametrize("thing", BESIDE.values(), ids=BESIDE)
 def test_harmless_things_may_stand_beside_the_weights(thing, state, tmp_path):
     torch.save({"model": state, "beside": thing, "epoch": 3}, tmp_path / "m.pth")
@@ -193,6 +202,11 @@ NOT_WEIGHTS = {
 }
 
 
+@pytest.mark.fault(
+    "an LFS pointer, a web page, an archive or another network instead of weights",
+    "called what it is, with the way out",
+    tries=28,
+)
 @pytest.mark.parametrize("suffix", ["pth", "safetensors"])
 @pytest.mark.parametrize("what", NOT_WEIGHTS)
 def test_what_is_no_checkpoint_is_called_what_it_is(what, suffix, tmp_path):
@@ -238,6 +252,9 @@ STRANGE = {
 }
 
 
+@pytest.mark.fault(
+    "meta, sparse, complex, quantized, expanded or misshapen tensors, NaN", "refused with the tensor's name"
+)
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("how", STRANGE)
 def test_strange_tensors_are_named(how, state, tmp_path):
@@ -248,6 +265,9 @@ def test_strange_tensors_are_named(how, state, tmp_path):
     assert str(refusal.value).isprintable()
 
 
+@pytest.mark.fault(
+    "meta, sparse, complex, quantized, expanded or misshapen tensors, NaN", "refused with the tensor's name"
+)
 def test_one_nan_stops_an_evaluation(state, tmp_path, capsys, image_folder):
     broken = {**state, WEIGHT: state[WEIGHT].clone()}
     broken[WEIGHT][0, 0] = float("nan")
@@ -264,6 +284,7 @@ def test_one_nan_stops_an_evaluation(state, tmp_path, capsys, image_folder):
     assert f"CHECKPOINT: {tmp_path / 'm.pth'}: {WEIGHT} is not finite (1 of 6912 values)" in capsys.readouterr().err
 
 
+@pytest.mark.fault("a weights file that unpacks to much more than it is", "refused in one line")
 def test_a_zip_that_unpacks_to_much_more_is_refused(tmp_path):
     with zipfile.ZipFile(tmp_path / "m.pth", "w", zipfile.ZIP_DEFLATED) as file:
         file.writestr("m/data.pkl", pickle.dumps({}))
@@ -324,6 +345,7 @@ def damaged_text(text, rng):
     return ",".join(parts)
 
 
+@pytest.mark.fault("a weights file is damaged at random", "loads, or one line that names it", tries=600)
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("form", ["zip", "legacy", "safetensors", "description"])
 def test_fuzzed_files_load_or_are_refused(form, state, tmp_path):

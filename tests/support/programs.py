@@ -90,16 +90,9 @@ def start_training(*command: object, path: str | None = None, **options) -> subp
     env = training_environment()
     if path is not None:
         env["PATH"] = path
-    return subprocess.Popen(
-        [str(part) for part in command],
-        cwd=ROOT,
-        env=env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-        **options,
-    )
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, **options}
+    command = [str(part) for part in command]
+    return subprocess.Popen(command, cwd=ROOT, env=env, text=True, start_new_session=True, **options)
 
 
 def run_training(*command: object, path: str | None = None, timeout: float = 240) -> tuple[int, str]:

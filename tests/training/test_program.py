@@ -12,6 +12,7 @@ from tinymim_fast.errors import EXIT_INPUT, EXIT_NON_FINITE
 from tinymim_fast.models.checkpoints import latest_checkpoint
 
 
+@pytest.mark.fault("the loss becomes NaN or Inf", "code 3; step, rank and the last good checkpoint are named")
 def test_non_finite_loss_names_step_rank_and_last_good_checkpoint(image_folder, teacher_file, tmp_path):
     flags = distill_flags(
         image_folder, teacher_file, tmp_path / "run", lr=1e30, warmup_epochs=0, checkpoint_interval=1, bf16="false"

@@ -64,6 +64,7 @@ def test_another_configuration_in_the_folder_is_refused(world, uninterrupted, im
         distil(world, *distill_flags(image_folder, teacher_file, folder, **changes, resume="none"))
 
 
+@pytest.mark.fault("images are gone or new between stop and start", "refused; the numbers are named")
 def test_images_that_changed_between_stop_and_start_are_noticed(world, uninterrupted, teacher_file, tmp_path):
     from tinymim_fast.data import draw_image_folder
 
@@ -83,7 +84,9 @@ def test_pretraining_resumes_exactly(world, image_folder, tmp_path):
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
 
 
-@pytest.mark.parametrize(("stage", "bf16"), [(0, "true"), (0, "false"), (1, "true"), (1, "false"), (2, "false")])
+@pytest.mark.parametrize(
+    ("stage", "bf16"), [(0, "true"), (0, "false"), (1, "true"), (1, "false"), (2, "false"), (3, "true"), (3, "false")]
+)
 def test_a_stage_resumes_exactly(world, image_folder, teacher_file, tmp_path, stage, bf16):
     """With drop path; stage 2 with bf16 is what `uninterrupted` holds."""
     base = {"zero_stage": stage, "bf16": bf16, "epochs": 2, "drop_path": 0.3, "weight_decay": 0.5}

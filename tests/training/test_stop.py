@@ -1,8 +1,8 @@
 """What asks a run to stop: signals to a process or to its whole group, at any moment, and the time limit."""
 
+import contextlib
 import os
 import signal
-import sys
 import time
 from pathlib import Path
 
@@ -170,15 +170,20 @@ def test_max_time(world, image_folder, teacher_file, tmp_path):
     assert losses(tmp_path / "run")[-1] == losses(tmp_path / "whole")[-1]
 
 
-@pytest.mark.fault("SIGTERM to the group of `deepspeed` or `torchrun`", "all ranks save, whatever the launcher does")
-@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
-def test_a_signal_to_a_launchers_group_saves(image_folder, teacher_file, tmp_path, launcher):
+def two_ranks(launcher):
+    """The command line up to the program."""
     starts = {
         "deepspeed": [DEEPSPEED, "--num_accelerators=2", f"--master_port={free_port()}"],
         "torchrun": [DEEPSPEED.parent / "torchrun", "--standalone", "--nproc-per-node=2"],
     }
+    return starts[launcher]
+
+
+@pytest.mark.fault("SIGTERM to the group of `deepspeed` or `torchrun`", "all ranks save, whatever the launcher does")
+@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
+def test_a_signal_to_a_launchers_group_saves(image_folder, teacher_file, tmp_path, launcher):
     flags = distill_flags(image_folder, teacher_file, tmp_path / "run", **{**LONG, "checkpoint_interval": 5})
-    process = start_training(*starts[launcher], PACKAGE / "train.py", *flags)
+    process = start_training(*two_ranks(launcher), PACKAGE / "train.py", *flags)
     try:
         deadline = time.monotonic() + 120
         while last_step(tmp_path / "run") < 5 and process.poll() is None and time.monotonic() < deadline:
@@ -187,7 +192,26 @@ def test_a_signal_to_a_launchers_group_saves(image_folder, teacher_file, tmp_pat
         output, _ = process.communicate(timeout=60)
         assert f"stopped by SIGTERM at step {last_step(tmp_path / 'run')}, saved" in output, output
         assert not list((tmp_path / "run" / "checkpoints").glob("tmp_*"))
-        print(launcher, "returns", process.returncode, file=sys.stderr)
     finally:
         if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+@pytest.mark.fault("SIGKILL to `deepspeed` or `torchrun`", "all ranks notice, save and end")
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+def test_orphans_save_and_end(image_folder, teacher_file, tmp_path, launcher):
+    flags = distill_flags(
+        image_folder, teacher_file, tmp_path / "run", **{**LONG, "epochs": 3000, "checkpoint_interval": 5}
+    )
+    process = start_training(*two_ranks(launcher), PACKAGE / "train.py", *flags)
+    try:
+        deadline = time.monotonic() + 120
+        while last_step(tmp_path / "run") < 5 and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        os.kill(process.pid, signal.SIGKILL)
+        output, _ = process.communicate(timeout=60)
+        assert f"stopped by the end of its launcher at step {last_step(tmp_path / 'run')}, saved" in output, output
+        assert group_is_gone(process.pid)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)

@@ -72,7 +72,7 @@ def batches(
 
     num_threads = max(1, workers)
     with ThreadPoolExecutor(num_threads, "tinymim_fast") as threads:
-        source = DaliSource(plan, bad_files, threads, num_threads, queue["prefetch_queue_depth"] + 4)
+        source = DaliSource(plan, bad_files, threads, num_threads, queue["prefetch_queue_depth"] + 2)
         done = 0
         while done < len(numbers):  # once, and again after each batch with a file that can't be decoded
             pipeline = build(

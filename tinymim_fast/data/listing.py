@@ -73,8 +73,7 @@ def places(root: Path, layout: Layout = "auto") -> list[Place]:
     """
     if layout not in LAYOUTS:
         raise DataError(f"got {layout}, want one of {', '.join(LAYOUTS)}", argument="layout")
-    if not root.is_dir():
-        raise DataError(f"got {root}, which is no folder; {_WANT}")
+    _check_folder(root)
     found = _list(root)
     named = [name for name in [*found.folders, *found.tar_folders] if split_of(name)]
     others = [name for name in found.folders if not split_of(name)]
@@ -111,8 +110,7 @@ def choose(root: Path, split: str, layout: Layout = "auto") -> Place:
     Raises:
         DataError: see `places`; the split is missing, or two folders may be it.
     """
-    if not root.is_dir():
-        raise DataError(f"got {root}, which is no folder; {_WANT}")
+    _check_folder(root)
     if layout in ("auto", "splits") and not split_of(split) and (root / split).is_dir():
         return _inside(root / split, split, layout)
     found = places(root, layout)
@@ -128,6 +126,15 @@ def choose(root: Path, split: str, layout: Layout = "auto") -> Place:
         return found[0]
     have = ", ".join(place.split for place in found if place.split) or "no splits"
     raise DataError(f"got {root}, which holds {have}; want {split}: a folder {split}/ or shards {split}-*.tar in it")
+
+
+def _check_folder(root: Path) -> None:
+    try:
+        is_folder, why = root.is_dir(), f"is no folder; {_WANT}"
+    except OSError as error:
+        is_folder, why = False, f"can't be read: {error.strerror}"
+    if not is_folder:
+        raise DataError(f"got {root}, which {why}")
 
 
 def _decide(found: _Listing, named: list[str], others: list[str]) -> Layout:
@@ -190,7 +197,7 @@ def _list(folder: Path) -> _Listing:
         if _is_folder(entry):
             if next(_walk(entry.path, {}), None) is not None:
                 found.folders.append(entry.name)
-            elif split_of(entry.name) and any(name.endswith(".tar") for name in os.listdir(entry.path)):
+            elif split_of(entry.name) and any(e.name.endswith(".tar") for e in _entries(entry.path)):
                 found.tar_folders.append(entry.name)
         elif entry.name.endswith(".tar"):
             found.tars.append(Path(entry.path))

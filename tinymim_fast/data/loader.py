@@ -23,7 +23,12 @@ log = logging.getLogger(__name__)
 
 LoaderName = Literal["auto", "dali", "torchvision"]
 _NEEDS = {"dali": "nvidia.dali", "torchvision": "torchvision"}
-DALI_KWARGS = ("hw_decoder_load", "device_memory_padding", "host_memory_padding", "prefetch_queue_depth")
+DALI_KWARGS = {  # with the type, and the least and the largest value
+    "hw_decoder_load": (float, 0, 1),
+    "device_memory_padding": (int, 0, 1 << 36),
+    "host_memory_padding": (int, 0, 1 << 36),
+    "prefetch_queue_depth": (int, 1, 64),
+}
 
 
 class _Loader:
@@ -186,6 +191,13 @@ def _backend(loader, device, workers, prefetch, dali_kwargs) -> tuple[ModuleType
     if unknown:
         got, want = (", ".join(names) for names in (sorted(unknown), DALI_KWARGS))
         raise DataError(f"got {got}, want any of {want}", argument="dali_kwargs")
+    for name, value in dali_kwargs.items():
+        kind, low, high = DALI_KWARGS[name]
+        is_kind = isinstance(value, int | kind) and not isinstance(value, bool)
+        if not is_kind or not low <= value <= high:
+            raise DataError(
+                f"got {name} of {value!r}, want {kind.__name__} from {low} to {high}", argument="dali_kwargs"
+            )
     if loader == "auto":
         loader = "dali" if _is_installed("nvidia.dali") else "torchvision"
         log.info("loader: %s", loader)

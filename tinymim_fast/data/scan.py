@@ -83,10 +83,10 @@ def find_images(
 
 def _load_index(path: Path, split: str) -> ImageIndex | None:
     """What a scan wrote of a split, or None."""
-    candidates = [(path, None)] if path.is_file() or path.suffix == ".npz" else []
+    candidates = [(path, None)] if os.path.isfile(path) or path.suffix == ".npz" else []
     candidates += [(home / INDEX_FILE, home) for home in (path, path / split)]
     for file, home in candidates:
-        if home is not None and not file.is_file():
+        if home is not None and not os.path.isfile(file):
             continue
         index = load_index(file, None if home == path / split else split, home=home)
         log.info("%s: scanned %s", file, time.strftime("%Y-%m-%d %H:%M", time.localtime(file.stat().st_mtime)))

@@ -20,12 +20,12 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from timm.layers import Attention
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
 from tinymim_fast.errors import InputError
+from tinymim_fast.models.attention import attend_and_project
 
 # What of a block a place needs, in the order in which it is computed.
 STAGES = ("input", "norm1", "qkv", "attention", "attention after", "mlp", "output")
@@ -114,6 +114,10 @@ class Taps(nn.Module):
             del parts["norm"]
         return _shallow(model, {**parts, "blocks": nn.Sequential(*kept)})
 
+    def __call__(self, images: torch.Tensor) -> dict[Place, torch.Tensor]:
+        """`forward`; of hooks only its parts' run: ZeRO-3's, on every module, want strings as keys of a dict."""
+        return self.forward(images)
+
     def forward(self, images: torch.Tensor) -> dict[Place, torch.Tensor]:
         """The tensors by place, in the order of `places`, from images (B, 3, H, W) in the model's dtype."""
         model = self.model
@@ -160,7 +164,7 @@ def _run_block(
         has_norm = not (isinstance(attn.q_norm, nn.Identity) and isinstance(attn.k_norm, nn.Identity))
         if note("qkv", torch.stack((q, k, v), dim=2).flatten(2) if has_norm else qkv):
             return x
-        a = _attend(attn, h, q, k, v)
+        a = attend_and_project(attn, h, q, k, v)
     else:
         a = attn(h)
     a = block.ls1(a)
@@ -181,16 +185,6 @@ def _normed_heads(attn: Attention, qkv: torch.Tensor) -> tuple[torch.Tensor, tor
     """q, k, v after qk-norm, (B, N, H, D) each, from the packed projection."""
     q, k, v = qkv.unflatten(-1, (3, attn.num_heads, attn.head_dim)).unbind(2)
     return attn.q_norm(q), attn.k_norm(k), v
-
-
-def _attend(attn: Attention, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """The rest of timm's `Attention.forward`, so that a tapped projection is not computed twice."""
-    dropout = attn.attn_drop.p if attn.training else 0.0
-    out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), dropout_p=dropout)
-    out = attn.norm(out.transpose(1, 2).flatten(2))
-    if attn.gate is not None:
-        out = out * attn.gate(h).sigmoid()
-    return attn.proj_drop(attn.proj(out))
 
 
 def _shallow(module: nn.Module, children: dict[str, nn.Module]) -> nn.Module:

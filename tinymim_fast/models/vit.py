@@ -205,6 +205,11 @@ def sincos_2d(grid: tuple[int, int], dim: int, num_prefix_tokens: int) -> torch.
     return torch.cat([embed.new_zeros(num_prefix_tokens, dim), embed])[None]
 
 
+def whole_blocks(model: nn.Module) -> tuple[Block, ...]:
+    """timm's blocks in `model` that have all their parts; a tap's last one may have less."""
+    return tuple(m for m in model.modules() if isinstance(m, Block) and hasattr(m, "drop_path2"))
+
+
 def head_layout(model: VisionTransformer) -> dict[str, Any]:
     """Width, and the number of heads of each block: what no weight shows, and a loader must not change silently."""
     return {"embed_dim": model.embed_dim, "num_heads": [block.attn.num_heads for block in model.blocks]}

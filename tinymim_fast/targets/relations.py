@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
+from torch.profiler import record_function
 
 from tinymim_fast.errors import InputError
 from tinymim_fast.kernels import RelationLoss
@@ -64,4 +65,7 @@ class RelationDistiller(nn.Module):
             images: student view, (B, 3, H, W).
             qkv_t: the teacher's packed projection of the teacher view, (B, N, 3 C_t).
         """
-        return self.loss(self.student(images)[self.place], qkv_t)
+        with record_function("student"):
+            qkv_s = self.student(images)[self.place]
+        with record_function("loss"):
+            return self.loss(qkv_s, qkv_t)

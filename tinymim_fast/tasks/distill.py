@@ -33,6 +33,8 @@ class DistillConfig(RunConfig):
         teacher_model: timm name of the teacher; read from the checkpoint where that says it.
         teacher_model_kwargs: passed to `timm.create_model`; `num_heads` may be a list, one number for each block.
         teacher_key: of several models in the teacher's file, the one below this key, e.g. "teacher".
+        teacher_precision: "fp32", "bf16", "int8" or "fp8" (linear layers alone), or "auto": bf16 wherever the device
+            has it, whatever the student's.
         target_block: the teacher's block, 1-based; default 18 for 24 blocks (ViT-L), else the last.
         relation_heads: heads of the relations; must divide both widths; default the teacher's.
         relations: any of qk, vv, qq, kk.
@@ -51,6 +53,7 @@ class DistillConfig(RunConfig):
     teacher_model: str | None = None
     teacher_model_kwargs: dict[str, Any] = field(default_factory=dict)
     teacher_key: str | None = None
+    teacher_precision: Literal["auto", "fp32", "bf16", "int8", "fp8"] = "auto"
     target_block: int | None = None
     relation_heads: int | None = None
     relations: tuple[Literal["qk", "vv", "qq", "kk"], ...] = ("qk", "vv")
@@ -116,17 +119,20 @@ def build_task(config: DistillConfig, world: "World", checkpoint: Path | None) -
         InputError: a model or checkpoint that can't be used, or models that don't fit each other.
     """
     import torch
+    from torch.profiler import record_function
 
+    from tinymim_fast.models.attention import use_attention
     from tinymim_fast.models.checkpoints import restore
     from tinymim_fast.models.model_info import ModelInfo
+    from tinymim_fast.models.precision import choose_precision, lower_precision
     from tinymim_fast.models.taps import Place, Taps
     from tinymim_fast.models.vit import (
         create_vit,
-        freeze,
         head_layout,
         init_mae_style,
         keep_batch_norm_fp32,
         set_constant_drop_path,
+        whole_blocks,
     )
     from tinymim_fast.targets.relations import RelationDistiller
     from tinymim_fast.training.task import Task, saved_buffers, train_view, without_prefix
@@ -153,16 +159,22 @@ def build_task(config: DistillConfig, world: "World", checkpoint: Path | None) -
         backend=config.loss_backend,
     )
     dtype = torch.bfloat16 if config.bf16 else torch.float32
-    freeze(teacher, dtype, world.device)
+    with flags(precision="teacher_precision"):
+        precision = choose_precision(config.teacher_precision, world.device)
+    dtype_t = lower_precision(teacher, precision, world.device)
+    logger.info("teacher: %s, attention %s", precision, use_attention(teacher, config.attention, world.device, dtype_t))
+    attention = use_attention(taps, config.attention, world.device, dtype, gradients=True)
+    logger.info("student: %s, attention %s", "bf16" if config.bf16 else "fp32", attention)
     try:  # on one token: a backend that can't run here says so now, not after the set-up
-        widths = [*taps.widths.values(), *teacher.widths.values()]
-        distiller.loss(*(torch.zeros(1, 1, width, dtype=dtype, device=world.device) for width in widths))
+        tokens = [(taps, dtype), (teacher, dtype_t)]
+        distiller.loss(*(torch.zeros(1, 1, *m.widths.values(), dtype=d, device=world.device) for m, d in tokens))
     except ValueError as error:
         raise InputError(f"got {config.loss_backend}: {error}", argument="loss_backend") from error
 
     def prepare(views: "Views") -> "Views":
         teacher_view, student_view = views
-        (qkv_t,) = teacher(teacher_view).values()
+        with record_function("teacher"):
+            (qkv_t,) = teacher(teacher_view.to(dtype_t)).values()
         return student_view, qkv_t
 
     def weights(trained: "dict[str, torch.Tensor]") -> "dict[str, torch.Tensor]":
@@ -182,4 +194,5 @@ def build_task(config: DistillConfig, world: "World", checkpoint: Path | None) -
             head_layout={**layout, "relation_heads": heads, "teacher_block": block},
             recipe=to_dict(config),
         ),
+        regions=(*whole_blocks(taps), *(whole_blocks(teacher) if precision != "int8" else ())),
     )

@@ -1,5 +1,6 @@
 """Masked-autoencoder pre-training: a teacher for data that has none."""
 
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from tinymim_fast.distributed import World
     from tinymim_fast.training.task import Task
 
+logger = logging.getLogger("tinymim_fast")
 PREFIX = "encoder."  # of the encoder's weights under the engine
 
 
@@ -61,10 +63,13 @@ def build_task(config: PretrainConfig, world: "World", checkpoint: Path | None) 
     Raises:
         InputError: a model or checkpoint that can't be used.
     """
+    import torch
+
+    from tinymim_fast.models.attention import use_attention
     from tinymim_fast.models.checkpoints import read_weights
     from tinymim_fast.models.mae import MaskedAutoencoder
     from tinymim_fast.models.model_info import ModelInfo
-    from tinymim_fast.models.vit import check_heads, create_vit, head_layout, keep_batch_norm_fp32
+    from tinymim_fast.models.vit import check_heads, create_vit, head_layout, keep_batch_norm_fp32, whole_blocks
     from tinymim_fast.models.weights_file import check_finite
     from tinymim_fast.training.task import Task, saved_buffers, train_view, without_prefix
 
@@ -86,6 +91,9 @@ def build_task(config: PretrainConfig, world: "World", checkpoint: Path | None) 
         if info is not None:
             check_heads(encoder, info.head_layout.get("num_heads", []), checkpoint)
         model.load_state_dict({_engine_name(name): tensor for name, tensor in saved.items()})
+    dtype = torch.bfloat16 if config.bf16 else torch.float32
+    attention = use_attention(model, config.attention, world.device, dtype, gradients=True)
+    logger.info("masked autoencoder: %s, attention %s", "bf16" if config.bf16 else "fp32", attention)
     initial = {name: tensor.detach().clone() for name, tensor in without_prefix(model.state_dict(), PREFIX).items()}
 
     def weights(trained: "dict[str, torch.Tensor]") -> "dict[str, torch.Tensor]":
@@ -104,6 +112,7 @@ def build_task(config: PretrainConfig, world: "World", checkpoint: Path | None) 
             head_layout=layout,
             recipe=to_dict(config),
         ),
+        regions=whole_blocks(model),
     )
 
 

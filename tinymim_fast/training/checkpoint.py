@@ -4,6 +4,7 @@
         step_00000020/                   a checkpoint: its name appears when all of it is on the disk
             model.safetensors            fp32 weights in timm's names, and what they are (`ModelInfo`)
             optimizer.safetensors        AdamW's moments whole, every rank's random states; step and bad files
+            SHA256SUMS                   of both, verified when the run goes on from here
         step_00000040/
         tmp_9f86d081_step_00000060/      being written or removed; what a killed run leaves, the next one removes
         aside_step_00000050_2cf24dba/    was called step_00000050 and is no good checkpoint: for a user to look at
@@ -27,9 +28,9 @@ import safetensors
 
 from tinymim_fast.config import RunConfig
 from tinymim_fast.distributed import World
-from tinymim_fast.engine import Engine, save_state
+from tinymim_fast.engine import STATE, Engine, save_state
 from tinymim_fast.errors import InputError, NonFiniteLossError
-from tinymim_fast.files import remove_folder, whole_folder
+from tinymim_fast.files import differing, remove_folder, whole_folder, write_checksums
 from tinymim_fast.models.checkpoints import latest_checkpoint, list_checkpoints, save_weights
 from tinymim_fast.training.task import Task
 
@@ -101,6 +102,7 @@ class Checkpoints:
             with whole_folder(final) as folder:
                 save_weights(folder, weights, info)
                 save_state(folder, state, {**client_state, "step": step})
+                write_checksums(folder)
             prune(self.output_dir, self.config.checkpoint_hist)
 
         try:
@@ -125,6 +127,20 @@ def prune(output_dir: Path, keep: int) -> None:
             remove_folder(old)
         except OSError as error:
             logger.warning("%s: this old checkpoint can't be removed: %s", old, error)
+
+
+def damage(folder: Path, *, verify: bool) -> str | None:
+    """Why a run can't go on from this checkpoint; None where nothing speaks against it.
+
+    Args:
+        folder: one of `list_checkpoints`.
+        verify: compare the files with their checksums, which reads all of them; one that was written before there were
+            checksums has none.
+    """
+    if not (folder / STATE).is_file():
+        return f"{STATE} is missing"
+    differ = differing(folder) if verify else []
+    return f"{', '.join(differ)} is not what was saved: its checksum differs" if differ else None
 
 
 def set_aside(path: Path) -> Path:

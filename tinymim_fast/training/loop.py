@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,15 @@ from tinymim_fast.files import remove_unfinished, write_text
 from tinymim_fast.models.checkpoints import latest_checkpoint
 from tinymim_fast.training import checkpoint as checkpoints
 from tinymim_fast.training import resume
+from tinymim_fast.training.compilation import Compiler, wanted
+from tinymim_fast.training.lock import RunLock
 from tinymim_fast.training.metrics import Recorder, plot_curves
 from tinymim_fast.training.progress import Progress
 from tinymim_fast.training.schedule import lr_schedule
 from tinymim_fast.training.step import TrainStep
 from tinymim_fast.training.stop import StopRequests, reason_of
 from tinymim_fast.training.task import Task
+from tinymim_fast.training.tracing import Tracer
 
 logger = logging.getLogger("tinymim_fast")
 # What ranks agree on, the larger winning; above STOP come the reasons of `StopRequests`.
@@ -65,7 +68,14 @@ def train(
         clip_grad=config.clip_grad,
         deepspeed_config=config.deepspeed_config,
     )
-    checkpoint = world.broadcast(lambda: resume.find_checkpoint(config))
+    lock = RunLock(output_dir)
+
+    def find_checkpoint() -> resume.Found:
+        lock.acquire()  # in a new folder later, when all input was found good
+        return resume.find_checkpoint(config)
+
+    found = world.broadcast(find_checkpoint)
+    checkpoint = found.checkpoint
     index = world.broadcast(lambda: resume.find_run_images(config, resumed=checkpoint is not None))
     bad_files = BadFiles(index, config.max_bad_files)
 
@@ -85,8 +95,10 @@ def train(
             bad_files=bad_files,
             dali_kwargs=config.dali_kwargs,
         )
-    with loader:
+    with loader, Compiler() as compiler:
         steps_per_epoch = loader.steps_per_epoch
+        regions = task.regions if wanted(config.compile, world.device) else ()
+        compiler.compile(regions)
         with refusals(config.deepspeed_config):
             engine = Engine(
                 task.model,
@@ -96,6 +108,7 @@ def train(
                 weight_decay=config.weight_decay,
                 opt_betas=config.opt_betas,
                 seed=config.seed,
+                regions=regions,
             )
         step, total_steps = 0, steps_per_epoch * config.epochs
         seed_rank(config.seed, step, world.rank)
@@ -104,7 +117,7 @@ def train(
             step = client_state["step"]
             bad_files.recheck(client_state["bad_files"])
             logger.info("continuing from %s", checkpoint)
-        world.broadcast(lambda: _prepare_folder(output_dir, config, ds_config, index))
+        world.broadcast(lambda: _prepare_folder(lock, config, ds_config, index, found.damaged))
 
         # The run.
         train_step = TrainStep(engine, task.prepare, parts=task.parts, accumulation_steps=batches.accumulation_steps)
@@ -119,6 +132,7 @@ def train(
             tensorboard=config.tensorboard,
             enabled=world.is_main,
         )
+        tracer = Tracer(output_dir, config.profile if world.is_main else 0)
         agreement = None  # on what ranks asked for in the step before
         micro_batches = progress.timed(loader.batches(step, total_steps - step), stop)
         stop.last_checkpoint = str(checkpoint or "none")
@@ -130,6 +144,9 @@ def train(
                 step += 1
                 stop.now("training")
                 recorder.advance()
+                progress.leave_out(compiler.after_step())
+                with progress.paused():
+                    tracer.after_step()
                 last = step == total_steps
 
                 # SYNC, host: what ranks asked for a step ago. Nobody waits, and all stop or save at the same step.
@@ -164,18 +181,26 @@ def train(
                 "Lower lr_base, lengthen warmup_epochs, or try bf16: false"
             ) from error
         finally:
+            tracer.close()
             recorder.close()
+            lock.release()
     if world.is_main:
         logger.info("done: %s", latest_checkpoint(output_dir))
         plot_curves(output_dir, task.parts)
 
 
-def _prepare_folder(output_dir: Path, config: RunConfig, ds_config: dict[str, Any], index: ImageIndex) -> None:
-    """Folder, resolved configuration, list of images; what a killed run left unfinished goes."""
+def _prepare_folder(
+    lock: RunLock, config: RunConfig, ds_config: dict[str, Any], index: ImageIndex, damaged: Sequence[Path]
+) -> None:
+    """Folder, configuration, list of images; what a killed run left unfinished goes, damaged checkpoints aside."""
+    output_dir = Path(config.output_dir)
     try:
         (output_dir / checkpoints.FOLDER).mkdir(parents=True, exist_ok=True)
+        lock.acquire()
         for folder in (output_dir, output_dir / checkpoints.FOLDER):
             remove_unfinished(folder)
+        for checkpoint in damaged:
+            checkpoints.set_aside(checkpoint)
         write_text(output_dir / resume.CONFIG, to_yaml(config))
         write_text(output_dir / "deepspeed_config.json", json.dumps(ds_config, indent=2) + "\n")
         index.save(output_dir / resume.INDEX)

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.profiler import record_function
 
 from tinymim_fast.batches import BatchPlan
 from tinymim_fast.data.bad_files import BadFiles
@@ -52,7 +53,7 @@ class Progress:
         while True:
             asked = time.perf_counter()
             try:
-                with stop.doing("waiting for data"):
+                with stop.doing("waiting for data"), record_function("data"):
                     views = next(micro_batches)
             except StopIteration:
                 return
@@ -113,6 +114,10 @@ class Progress:
         began = time.perf_counter()
         yield
         self._began += time.perf_counter() - began
+
+    def leave_out(self, seconds: float) -> None:
+        """So much of the time since the last record was not training."""
+        self._began += seconds
 
     def _restart_clocks(self) -> None:
         self._began, self._waited = time.perf_counter(), 0.0

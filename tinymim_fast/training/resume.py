@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import logging
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,29 +13,40 @@ from tinymim_fast.config import RunConfig, differences
 from tinymim_fast.data import ImageIndex, find_images
 from tinymim_fast.data.bad_files import BadFiles
 from tinymim_fast.errors import InputError
-from tinymim_fast.models.checkpoints import latest_checkpoint
+from tinymim_fast.models.checkpoints import list_checkpoints
+from tinymim_fast.training.checkpoint import damage
 
+logger = logging.getLogger("tinymim_fast")
 CONFIG = "config.yaml"
 INDEX = "index.npz"
 
 
-def find_checkpoint(config: RunConfig) -> Path | None:
-    """The checkpoint to go on from, None for a new run.
+@dataclass(frozen=True)
+class Found:
+    """The checkpoint to go on from, None for a new run, and the newer ones that are damaged, to be set aside."""
+
+    checkpoint: Path | None
+    damaged: tuple[Path, ...] = ()
+
+
+def find_checkpoint(config: RunConfig) -> Found:
+    """The newest checkpoint that is not damaged.
 
     Raises:
-        InputError: the folder holds another run, or `resume` is "none" and it holds checkpoints.
+        InputError: the folder holds another run, or damaged checkpoints alone, or `resume` is "none" and it holds any.
     """
     output_dir = Path(config.output_dir)
     if output_dir.exists() and not output_dir.is_dir():
         raise InputError(f"{output_dir} is a file, want a folder", argument="output_dir")
-    latest = latest_checkpoint(output_dir)
+    candidates = list_checkpoints(output_dir)
+    latest = candidates[-1] if candidates else None
     if config.resume == "none":
         if latest is not None:
             raise InputError(
                 f'{output_dir} holds {latest.name}; resume "none" wants a folder without checkpoints',
                 argument="output_dir",
             )
-        return None
+        return Found(None)
     saved = output_dir / CONFIG
     if saved.exists():
         changed = differences(yaml.safe_load(saved.read_text(encoding="utf-8")), config)
@@ -48,7 +60,25 @@ def find_checkpoint(config: RunConfig) -> Path | None:
         raise InputError(
             f"{output_dir} holds checkpoints but no {CONFIG}; choose another folder", argument="output_dir"
         )
-    return latest
+    return _newest_good(candidates, verify=config.verify_checkpoints)
+
+
+def _newest_good(candidates: list[Path], *, verify: bool) -> Found:
+    damaged: dict[Path, str] = {}
+    for checkpoint in reversed(candidates):
+        why = damage(checkpoint, verify=verify)
+        if why is None:
+            for path, reason in damaged.items():
+                logger.warning("%s is damaged, %s; going on from %s instead", path, reason, checkpoint.name)
+            return Found(checkpoint, tuple(damaged))
+        damaged[checkpoint] = why
+    if damaged:
+        raise InputError(
+            f"every checkpoint is damaged: {'; '.join(f'{path} ({why})' for path, why in damaged.items())}. "
+            "Restore one, or choose another folder to start anew",
+            argument="output_dir",
+        )
+    return Found(None)
 
 
 def find_run_images(config: RunConfig, *, resumed: bool) -> ImageIndex:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
+from torch.profiler import record_function
 
 from tinymim_fast.engine import Engine
 from tinymim_fast.training.task import Views
@@ -49,7 +50,10 @@ class TrainStep:
         """
         with torch.no_grad():
             inputs = self.prepare(tuple(view.to(self.engine.dtype) for view in views))
-        losses = self.engine.forward(*inputs)
-        self.engine.backward(losses["loss"])
-        self.engine.step()
+        with record_function("forward"):
+            losses = self.engine.forward(*inputs)
+        with record_function("backward"):
+            self.engine.backward(losses["loss"])
+        with record_function("optimizer"):
+            self.engine.step()
         return torch.stack([losses[part].detach() for part in self.parts])

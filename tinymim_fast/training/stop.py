@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from tinymim_fast.errors import EXIT_TERMINATED, Terminated
@@ -22,7 +23,9 @@ from tinymim_fast.errors import EXIT_TERMINATED, Terminated
 # A launcher's, Ctrl-C, SLURM's warning before the time limit, a terminal that is closed. One that is ignored stays so.
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 MAX_TIME = "max_time"
-REASONS = (*(number.name for number in SIGNALS), MAX_TIME)
+ORPHANED = "the end of its launcher"
+REASONS = (*(number.name for number in SIGNALS), MAX_TIME, ORPHANED)
+LOOK_S = 1.0  # between two looks at the launcher
 WAIT_S = 10  # for data or at the start, after a signal
 STEP_S = 120  # of a step that doesn't end, after a signal
 
@@ -38,6 +41,7 @@ class StopRequests:
     def __init__(self):
         self.reason: str | None = None
         self.last_checkpoint = "none"
+        self._launcher = Launcher()
         self._began = time.monotonic()
         self._max_s = 0.0
         self._doing, self._doing_since = "starting", self._began
@@ -67,6 +71,8 @@ class StopRequests:
     @property
     def code(self) -> int:
         """0, or a number for why this process wants to stop, for `reason_of`; larger ones win where ranks differ."""
+        if self.reason is None and self._launcher.is_gone:
+            self.reason = ORPHANED
         if self.reason is None and self._max_s and time.monotonic() - self._began > self._max_s:
             self.reason = MAX_TIME
         return 0 if self.reason is None else 1 + REASONS.index(self.reason)
@@ -136,6 +142,47 @@ class StopRequests:
                     flush=True,
                 )
                 os._exit(EXIT_TERMINATED)
+
+
+class Launcher:
+    """The processes of `torchrun` or `deepspeed` above this one, none if neither started it: a shell may end."""
+
+    def __init__(self):
+        self._looked_at = time.monotonic()
+        self._gone = False
+        parent = os.getppid()
+        self._parents = [parent]  # above this process
+        if "deepspeed" in _command(parent):  # its launch.py, below `deepspeed`
+            self._parents.append(_parent_of(parent))
+        elif "TORCHELASTIC_RUN_ID" not in os.environ:
+            self._parents = []
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether one of them has ended; looked up once a second at most."""
+        if self._parents and not self._gone and time.monotonic() - self._looked_at > LOOK_S:
+            self._looked_at = time.monotonic()
+            process = os.getpid()
+            for parent in self._parents:
+                self._gone |= _parent_of(process) != parent
+                process = parent
+        return self._gone
+
+
+def _parent_of(process: int) -> int | None:
+    if process == os.getpid():
+        return os.getppid()
+    try:
+        return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
+    except (OSError, ValueError):
+        return None
+
+
+def _command(process: int) -> str:
+    try:
+        return Path(f"/proc/{process}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+    except OSError:
+        return ""
 
 
 def reason_of(code: int) -> str:

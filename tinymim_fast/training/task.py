@@ -28,6 +28,7 @@ class Task:
         view: what is made of an image.
         weights: the whole model's fp32 state in timm's names, from the engine's trained one.
         info: what the weights file says of itself; `step` and `epoch` are filled in.
+        regions: modules, in `model` or called by `prepare`, that are compiled one by one where compiling is wanted.
     """
 
     model: nn.Module
@@ -36,6 +37,7 @@ class Task:
     view: TrainView
     weights: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
     info: ModelInfo
+    regions: tuple[nn.Module, ...] = ()
 
 
 def train_view(config: RunConfig, world: World, *, color_jitter: float | None = None) -> TrainView:
