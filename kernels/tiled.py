@@ -23,9 +23,10 @@ from tinymim_fast.kernels.device_math import LN_2, MASKED, exp2, gain, locate, l
 from tinymim_fast.kernels.operands import Launch, Operands, launch
 from tinymim_fast.kernels.tiles import WHOLE_WIDTH, TiledTile
 
-# Columns of wide heads that are on the chip at a time, for the logits and in a program's share of the gradient.
+# Columns of wide heads that are on the chip at a time for the logits, and bytes of a row in a program's share of the
+# gradient: fp32, whose products have no matrix unit, spills with more.
 CHUNK = tl.constexpr(64)
-GRADIENT_COLUMNS = 256
+GRADIENT_BYTES = 512
 
 
 @triton.jit
@@ -318,7 +319,7 @@ def launches(operands: Operands, tile: TiledTile) -> tuple[Tensor | None, list[L
     grid = num_programs, triton.cdiv(num_tokens, tile.block_queries)
     head_dim_s, head_dim_t = operands.x_s.shape[3], operands.x_t.shape[3]
     wide = max(head_dim_s, head_dim_t) > WHOLE_WIDTH
-    num_columns = min(padded(head_dim_s), GRADIENT_COLUMNS) if wide else padded(head_dim_s)
+    num_columns = min(padded(head_dim_s), GRADIENT_BYTES // operands.x_s.element_size()) if wide else padded(head_dim_s)
     gradient_grid = (*grid, triton.cdiv(head_dim_s, num_columns)) if wide else grid
     rows = operands.empty_rows()
     own_keys = [keys for keys, place in ((False, operands.d_x), (True, operands.d_y)) if place is not None]

@@ -106,7 +106,7 @@ def default_tiled(problem: Problem) -> TiledTile:
     """For rows that do not fit on the chip: compiles without spills, as `default`."""
     wide = max(problem.head_dim_s, problem.head_dim_t) == WHOLE_WIDTH
     if max(problem.head_dim_s, problem.head_dim_t) > WHOLE_WIDTH:
-        block_queries, block_keys, num_warps = (32 if problem.itemsize == 4 else 64), 32, 8
+        block_queries, block_keys, num_warps = (16, 16, 4) if problem.itemsize == 4 else (64, 32, 8)
     elif problem.itemsize == 4:
         block_queries, block_keys, num_warps = 32, 16, 4
     elif problem.arch == "sm_100":
