@@ -2,7 +2,8 @@
 
 python benchmarks/readme_tables.py        rewrites README.md (make readme-tables)
 
-Every CSV below that folder is read; of each device and benchmark, the newest date counts. Needs Python alone.
+Every CSV below that folder is read; of each device and benchmark, the newest date counts. What a note.txt beside a CSV
+says of how it was measured stands with its table. Needs Python alone.
 """
 
 import csv
@@ -34,7 +35,7 @@ PROOFS = [
     ("damaged files replaced in training, tar shards", "tested, one and two processes", ["other_gpu_tests"]),
     ("a training step in bf16 on random images", "tested", ["train_step"]),
     ("pre-training, distillation with DeepSpeed, export, k-NN (`make demo`)", "tested", ["demo"]),
-    ("ZeRO 0 to 2, exact resume, also on other numbers of ranks", "tested, one to three processes", []),
+    ("ZeRO 0 to 3, exact resume, also on other numbers of ranks", "tested, one to three processes", []),
 ]
 Row = dict[str, str]
 
@@ -136,7 +137,7 @@ def loss_section(rows: list[Row]) -> str:
     how = (
         f"**{_machine(first)}**: milliseconds for {relations} and the student's gradient, from packed projections, "
         f"{first['dtype']}, batch {batches}, N = {first['num_tokens']}, and how many times our time that is. Medians "
-        f"of interleaved repeats; each provider is first held against fp64. {_made(first, 'relation_loss')}."
+        f"of interleaved repeats; each provider is first held against fp64. {_made(first, 'relation_loss')}"
     )
     return _paragraph_and_table(how, _table(columns))
 
@@ -159,7 +160,7 @@ def step_section(rows: list[Row]) -> str:
         f"**Steps on {_machine(first)}**: images/s of whole distillation steps on random images, batch "
         f"{first['batch_size']}, models of the recipes, ZeRO {first['zero_stage']}, and how many times our time the "
         f"others take. Medians of interleaved repeats; loss and gradient are first held against fp64.{parts} "
-        f"{_made(first, 'train_step')}."
+        f"{_made(first, 'train_step')}"
     )
     return _paragraph_and_table(how, _table(columns))
 
@@ -169,7 +170,9 @@ def _machine(row: Row) -> str:
 
 
 def _made(row: Row, program: str) -> str:
-    return f"{row['date']}, commit {row['commit']}, torch {row['torch']}: `python benchmarks/{program}.py`"
+    note = Path(row["file"]).with_name("note.txt")
+    said = f" {' '.join(note.read_text().split())}" if note.exists() else ""
+    return f"{row['date']}, commit {row['commit']}, torch {row['torch']}: `python benchmarks/{program}.py`.{said}"
 
 
 def _table(columns: list[tuple[str, dict[str, Row], str]]) -> list[list[str]]:

@@ -9,6 +9,7 @@ defaults.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,7 @@ from tinymim_fast.distributed import World
 from tinymim_fast.models.checkpoints import load_encoder
 from tinymim_fast.models.vit import create_vit, init_mae_style
 from tinymim_fast.tasks.distill import DistillConfig, build_task
+from tinymim_fast.training.compilation import Compiler, wanted
 from tinymim_fast.training.step import TrainStep
 
 Views = tuple[Tensor, ...]
@@ -92,15 +94,17 @@ def config_of(
     return parse(DistillConfig, [f"--{name}={value}" for name, value in flags.items()], "train_step.py")
 
 
-def ours(config: DistillConfig, world: World) -> Loop:
-    """What `train.py` runs: task, engine and step."""
+def ours(config: DistillConfig, world: World, opened: ExitStack) -> Loop:
+    """What `train.py` runs: task, engine and step, compiled where a run is; the compiler is closed with `opened`."""
     torch.manual_seed(config.seed)
     task = build_task(config, world, None)
     batches = config.batch_plan(1)
     settings = {name: getattr(config, name) for name in ("zero_stage", "bf16", "clip_grad")}
     optimizer = {name: getattr(config, name) for name in ("weight_decay", "opt_betas", "seed")}
     ds_config = engines.deepspeed_config(batches, **settings)
-    engine = engines.Engine(task.model, ds_config, world, lr_at=lambda step: LR, **optimizer)
+    regions = task.regions if wanted(config.compile, world.device) else ()
+    opened.enter_context(Compiler()).compile(regions)
+    engine = engines.Engine(task.model, ds_config, world, lr_at=lambda step: LR, regions=regions, **optimizer)
     return Loop(
         step=TrainStep(engine, task.prepare, parts=task.parts, accumulation_steps=batches.accumulation_steps),
         prepare=lambda views: task.prepare(tuple(view.to(engine.dtype) for view in views)),
@@ -113,7 +117,7 @@ def ours(config: DistillConfig, world: World) -> Loop:
     )
 
 
-def plain(config: DistillConfig, world: World) -> Loop:
+def plain(config: DistillConfig, world: World, opened: ExitStack) -> Loop:
     """A loop in PyTorch alone, fp32 weights under autocast, with our teacher and loss."""
     torch.manual_seed(config.seed)
     task, dtype = build_task(config, world, None), PRECISIONS["bf16" if config.bf16 else "fp32"]
@@ -127,13 +131,13 @@ def plain(config: DistillConfig, world: World) -> Loop:
     return replace(loop, step=partial(whole_step, loop))
 
 
-def as_the_paper(config: DistillConfig, world: World) -> Loop:
+def as_the_paper(config: DistillConfig, world: World, opened: ExitStack) -> Loop:
     """The published recipe: unfused attention, the whole teacher, materialised relations, a wait in each step."""
     torch.manual_seed(config.seed)
-    student = build_task(config, world, None).model.student.to(world.device)
+    student = build_task(replace(config, attention="math"), world, None).model.student.to(world.device)
     teacher, _ = load_encoder(config.teacher_checkpoint, model=config.teacher_model, img_size=config.img_size)
     teacher.to(world.device).eval().requires_grad_(False)
-    for module in [*student.modules(), *teacher.modules()]:
+    for module in teacher.modules():
         if hasattr(module, "fused_attn"):
             module.fused_attn, module.kernel = False, "math"
     tapped: list[Tensor] = []

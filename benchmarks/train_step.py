@@ -2,7 +2,7 @@
 
 python benchmarks/train_step.py                                  # the recipes on a GPU, the small pairs on a CPU
 python benchmarks/train_step.py --pairs B-S --precisions bf16 --batch-sizes 512 --output train_step.csv
-python benchmarks/train_step.py --sweep zero                     # ZeRO stages; --sweep batch: batch sizes
+python benchmarks/train_step.py --sweep zero batch data          # ZeRO stages, batch sizes, images from the loader
 
 Providers (step_loops.py) take turns, on three batches in rotation: "official_loop", as the paper's; "plain", a
 PyTorch loop with this package's teacher and loss; "ours", what `train.py` runs. One whose loss or gradient of the patch
@@ -20,6 +20,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler that counts memory complains of a missing GPU
 
 import argparse
+import contextlib
 import itertools
 import logging
 import statistics
@@ -41,14 +42,18 @@ from providers import formula, projections
 from step_loops import PRECISIONS, PROVIDERS, Loop, Views, config_of, synchronize
 from step_roofs import PAIRS, RELATIONS
 from tinymim_fast import engine as engines
+from tinymim_fast.data import build_loader, find_images
+from tinymim_fast.data.loader import TrainLoader
 from tinymim_fast.distributed import World
 from tinymim_fast.tasks.distill import DistillConfig, build_task, build_teacher
+from tinymim_fast.training.task import train_view
 
-SWEEPS = ("pairs", "zero", "batch")
-PARTS = ("teacher_ms", "forward_ms", "backward_ms", "optimizer_ms")
-# Columns of a row behind its status. The parts are steps on their own, with the device waited for between them; loss_ms
-# is the loss and its gradient alone, part of forward_ms and backward_ms. tflop_per_s counts what the step cannot avoid
-# (step_roofs.py), matmul_share is that of this device's measured products, floor_share is floor_ms / step_ms.
+SWEEPS = ("pairs", "zero", "batch", "data")
+PARTS = ("data_ms", "teacher_ms", "forward_ms", "backward_ms", "optimizer_ms")
+# Columns of a row behind its status. The parts are of steps on their own, with the device waited for between them;
+# data_ms is the wait for a batch in the steps that are timed. loss_ms is the loss and its gradient alone, part of
+# forward_ms and backward_ms. tflop_per_s counts what the step cannot avoid (step_roofs.py), matmul_share is that of
+# this device's measured products, floor_share is floor_ms / step_ms.
 COLUMNS = (
     *(*sweep.TIMES, "images_per_s", "peak_extra_mib", *PARTS, "loss_ms"),
     *("tflop_per_s", "matmul_share", "floor_share", "floor_ms", "loss_error", "grad_error"),
@@ -58,6 +63,7 @@ SHOWN = [
     ("ms", "step_ms", "{:.4g}".format),
     ("20 %", "step_ms_p20", "{:.4g}".format),
     ("80 %", "step_ms_p80", "{:.4g}".format),
+    ("data", "data_ms", "{:.4g}".format),
     ("teacher", "teacher_ms", "{:.4g}".format),
     ("forward", "forward_ms", "{:.4g}".format),
     ("backward", "backward_ms", "{:.4g}".format),
@@ -71,7 +77,7 @@ SHOWN = [
 
 @dataclass(frozen=True, kw_only=True)
 class Point(sweep.Point):
-    """What is measured; ZeRO is ours alone."""
+    """What is measured; ZeRO is ours alone, and so are images that the loader draws from JPEGs."""
 
     benchmark: str = "train_step"
     sweep: str = "pairs"
@@ -80,21 +86,57 @@ class Point(sweep.Point):
     zero_stage: int = 1
     batch_size: int
     img_size: int = 224
+    data: str = "random"
 
     def __str__(self) -> str:
-        return f"{self.pair} {self.precision}, ZeRO {self.zero_stage}, batch {self.batch_size}"
+        return f"{self.pair} {self.precision}, ZeRO {self.zero_stage}, batch {self.batch_size}, {self.data} images"
 
 
-def by_formula(config: DistillConfig, world: World, views: Views, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Loss and gradient of the patch embedding, in one dtype throughout, by the formula."""
+class Waited:
+    """An iterator, and the milliseconds for which it was waited."""
+
+    def __init__(self, batches: Iterator[Views]):
+        self.batches, self.ms = batches, []
+
+    def __iter__(self) -> Iterator[Views]:
+        return self
+
+    def __next__(self) -> Views:
+        asked = time.perf_counter()
+        views = next(self.batches)
+        self.ms.append(1e3 * (time.perf_counter() - asked))
+        return views
+
+
+def loaded(config: DistillConfig, world: World, folder: Path, workers: int) -> TrainLoader:
+    """The loader of a run, over photographs that data_loading.py draws."""
+    from data_loading import draw_photographs
+
+    images = folder / "images" / "train"
+    if not images.exists():
+        draw_photographs(images, 1024)
+    index = find_images(folder / "images", split="train", workers=workers)
+    view = train_view(config, world, color_jitter=config.color_jitter)
+    return build_loader(index, view, config.batch_plan(1), seed=0, device=world.device, workers=workers)
+
+
+def by_formula(
+    config: DistillConfig, world: World, views: Views, dtypes: Sequence[torch.dtype]
+) -> list[tuple[Tensor, Tensor]]:
+    """Loss and gradient of the patch embedding by the formula, in one dtype throughout: for each of `dtypes`."""
     torch.manual_seed(config.seed)
-    student = build_task(config, world, None).model.student.to(world.device, dtype).eval()
+    student = build_task(replace(config, attention="math"), world, None).model.student.to(world.device).eval()
     teacher, _, heads = build_teacher(config)
-    with torch.no_grad():
-        (qkv_t,) = teacher.to(world.device, dtype).eval()(views[0].to(dtype)).values()
-    (qkv_s,) = student(views[1].to(dtype)).values()
-    loss = formula(projections(qkv_s, heads), projections(qkv_t, heads), RELATIONS)
-    return loss.detach(), torch.autograd.grad(loss, student.model.patch_embed.proj.weight)[0]
+    teacher.to(world.device).eval()
+    results = []
+    for dtype in dtypes:  # fp64 first holds what fp32 was
+        teacher_view, student_view = (view.to(dtype) for view in views)
+        with torch.no_grad():
+            (qkv_t,) = teacher.to(dtype)(teacher_view).values()
+        (qkv_s,) = student.to(dtype)(student_view).values()
+        loss = formula(projections(qkv_s, heads), projections(qkv_t, heads), RELATIONS)
+        results.append((loss.detach(), torch.autograd.grad(loss, student.model.patch_embed.proj.weight)[0]))
+    return results
 
 
 def gate(
@@ -124,7 +166,7 @@ def gate(
 
 
 def parts_ms(loop: Loop, batches: Iterator[Views], device: torch.device, num_repeats: int = 3) -> dict[str, float]:
-    """Medians of the columns PARTS, the device waited for between them."""
+    """Medians of the columns PARTS but the first, the device waited for between them."""
 
     def now() -> float:
         synchronize(device)
@@ -143,7 +185,7 @@ def parts_ms(loop: Loop, batches: Iterator[Views], device: torch.device, num_rep
         loop.update()
         marks.append(now())
         taken.append([end - begin for begin, end in itertools.pairwise(marks)])
-    return {name: round(statistics.median(times), 3) for name, times in zip(PARTS, zip(*taken))}
+    return {name: round(statistics.median(times), 3) for name, times in zip(PARTS[1:], zip(*taken))}
 
 
 def measure(
@@ -151,11 +193,12 @@ def measure(
     providers: Sequence[str],
     world: World,
     folder: Path,
+    opened: contextlib.ExitStack,
     *,
     seconds: float = 10.0,
     num_repeats: int | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """The columns of each provider."""
+    """The columns of each provider; teachers and images go to `folder`, loaders are closed with `opened`."""
     device, dtype, pair = world.device, PRECISIONS[point.precision], PAIRS[point.pair]
     options = {name: getattr(point, name) for name in ("batch_size", "precision", "zero_stage", "img_size")}
     config = config_of(point.pair, folder, **options)
@@ -167,22 +210,28 @@ def measure(
         return tuple(torch.randn(shape, device=device, generator=generator).to(as_loaded) for _ in range(2))
 
     few = views(2 - point.batch_size % 2)
-    exact, in_dtype = (by_formula(config, world, few, of) for of in (torch.float64, dtype))
+    exact, in_dtype = by_formula(config, world, few, (torch.float64, dtype))
     allowed = [harness.relative_error(a, b) for a, b in zip(in_dtype, exact)]
     repeated = tuple(view.repeat(point.batch_size // len(few[0]), 1, 1, 1) for view in few)
 
     loops: dict[str, Loop] = {}
-    batches = itertools.cycle([views(point.batch_size) for _ in range(3)])
+    batches = Waited(itertools.cycle([views(point.batch_size) for _ in range(3)]))
+    if point.data == "loaded":
+        loader = opened.enter_context(loaded(config, world, folder, len(os.sched_getaffinity(0))))
+        batches = Waited(loader.batches(0, 10**6))
 
     def checked(name: str) -> dict[str, Any]:
-        loops[name] = PROVIDERS[name](config, world)
+        loops[name] = PROVIDERS[name](config, world, opened)
         return gate(loops[name], repeated, exact, allowed, dtype)
 
     timing = {"device": device, "num_repeats": num_repeats}
     steps = {name: lambda name=name: loops[name].step(batches) for name in providers}
     measured = harness.measure(steps, checked, seconds=seconds, **timing)
     passed = {name: loops[name] for name, columns in measured.items() if columns["status"] == harness.OK}
-    shape = point.batch_size, next(iter(loops.values())).student.num_tokens
+    data_ms = round(statistics.median(batches.ms), 3) if batches.ms else None
+    if not passed:
+        return measured
+    shape = point.batch_size, next(iter(passed.values())).student.num_tokens
     qkv_s, qkv_t = (torch.randn(*shape, 3 * vit.width, device=device).to(dtype) for vit in (pair.student, pair.teacher))
     qkv_s.requires_grad_()
     losses = {
@@ -193,7 +242,7 @@ def measure(
     for name, loop in passed.items():
         found = measured[name]
         step_ms = found["step_ms"]
-        found |= parts_ms(loop, batches, device)
+        found |= {"data_ms": data_ms, **parts_ms(loop, batches, device)}
         found["loss_ms"] = of_loss[name]["step_ms"]
         found["images_per_s"] = round(1e3 * point.batch_size / step_ms, 2)
         found["tflop_per_s"] = round(flop / step_ms / 1e9, 3)
@@ -215,8 +264,9 @@ def plan(args: argparse.Namespace) -> list[Point]:
     base = Point(pair=args.pairs[0], precision=args.precisions[0], batch_size=args.batch_sizes[0])
     points = {
         "pairs": [replace(base, pair=pair, precision=p) for p in args.precisions for pair in args.pairs],
-        "zero": [replace(base, sweep="zero", zero_stage=stage) for stage in (0, 1, 2)],
+        "zero": [replace(base, sweep="zero", zero_stage=stage) for stage in (0, 1, 2, 3)],
         "batch": [replace(base, sweep="batch", batch_size=size) for size in args.batch_sizes],
+        "data": [replace(base, sweep="data", data=data) for data in ("random", "loaded")],
     }
     return [point for name in SWEEPS if name in args.sweep for point in points[name]]
 
@@ -254,9 +304,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     world = replace(engines.start(), device=args.device)
 
     def measured(point: Point) -> dict[str, dict[str, Any]]:
-        names = args.providers or (list(PROVIDERS) if point.sweep != "zero" else ["ours"])
+        names = args.providers or (["ours"] if point.sweep in ("zero", "data") else list(PROVIDERS))
         timing = {"seconds": args.seconds_per_point, "num_repeats": args.num_repeats}
-        return measure(point, names, world, Path(scratch), **timing)
+        with contextlib.ExitStack() as opened:
+            return measure(point, names, world, Path(scratch), opened, **timing)
 
     interrupted = False
     with tempfile.TemporaryDirectory(prefix="train_step_") as scratch:

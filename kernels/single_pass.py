@@ -66,6 +66,8 @@ def single_pass_kernel(
     BLOCK_QUERIES: tl.constexpr,
     LIVE_KEYS: tl.constexpr,
     KEY_GROUPS: tl.constexpr,
+    WHOLE_ROWS: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
     NUM_STAGES: tl.constexpr,
     PRECISION_S: tl.constexpr,
     PRECISION_T: tl.constexpr,
@@ -116,7 +118,8 @@ def single_pass_kernel(
         d_x_ptr += image * stride_d_b + head * stride_d_h + x_p * stride_d_p
     if d_y_ptr is not None:
         d_y_ptr += image * stride_d_b + head * stride_d_h + y_p * stride_d_p
-        d_y = tl.zeros([BLOCK_KEYS, BLOCK_D_S], tl.float32)
+        # (D_s, keys) or (keys, D_s)
+        d_y = tl.zeros([BLOCK_D_S, BLOCK_KEYS] if TRANSPOSED else [BLOCK_KEYS, BLOCK_D_S], tl.float32)
     if not EXACT:
         out_of_range = tl.zeros([BLOCK_QUERIES], tl.int32)
 
@@ -131,9 +134,10 @@ def single_pass_kernel(
             x_s_ptr + offs_q[:, None] * stride_s_n + offs_d_s[None, :], mask=mask_q & mask_d_s, other=0.0
         )  # (queries, D_s)
         d_logits = tl.zeros([BLOCK_QUERIES, BLOCK_KEYS], y_s.dtype)
-        # Always so. Where it sees one product feed another, Triton puts all warps along the queries, and half of
-        # them repeat the work of the others (sm_90: 400 spills and twice the exponentials).
-        if start < num_tokens:
+        # Always so. Where it sees one product feed another, Triton puts all warps along the queries. If they are too
+        # many for that, half of them repeat the work of the others (sm_90: 400 spills and twice the exponentials), and
+        # the branch hides it; if not, a warp holds whole rows: no sum crosses warps, and dX takes dS from registers.
+        if WHOLE_ROWS or start < num_tokens:
             if lengths_ptr is not None:
                 # Read again for each block: kept, the masks of a thread's keys would take 26 registers. With no
                 # valid token, one key of zeros counts: losses and gradients come out 0, not NaN.
@@ -172,12 +176,15 @@ def single_pass_kernel(
                 mask=in_image[:, None] & mask_d_s,
             )
         if d_y_ptr is not None:
-            d_y = tl.dot(tl.trans(d_logits), x_s, d_y, input_precision=PRECISION_S)
+            if TRANSPOSED:
+                d_y = tl.dot(tl.trans(x_s), d_logits, d_y, input_precision=PRECISION_S)
+            else:
+                d_y = tl.dot(tl.trans(d_logits), x_s, d_y, input_precision=PRECISION_S)
 
     if d_y_ptr is not None:
         d_y_ptrs = d_y_ptr + offs_k[:, None] * stride_d_n + offs_d_s[None, :]
         mask = (offs_k < num_tokens)[:, None] & mask_d_s
-        d_y *= scale_d
+        d_y = (tl.trans(d_y) if TRANSPOSED else d_y) * scale_d
         if d_x_ptr is not None and x_p == y_p:  # one tensor's gradient: dX is already there
             # Written by other threads of this program. PTX has bar.sync, which orders memory within the block, between
             # the st.global above and this ld.global, which is none of the incoherent .nc kind.
@@ -208,6 +215,10 @@ def launches(operands: Operands, tile: SinglePassTile) -> tuple[Tensor | None, l
         "BLOCK_QUERIES": tile.block_queries,
         "LIVE_KEYS": triton.cdiv(num_tokens, 16) * 16,
         "KEY_GROUPS": tile.key_groups,
+        # Shorter rows leave room for more blocks on an SM, which hide more than whole rows save.
+        "WHOLE_ROWS": block_keys >= 128 and 16 * tile.num_warps <= tile.block_queries,
+        # Where D_s fills the M axis of a wgmma, so that dS^T need not be turned on its way to the matrix unit.
+        "TRANSPOSED": tile.key_groups > 1 and padded(operands.x_s.shape[3]) == 64,
         "NUM_STAGES": tile.num_stages,
     }
     return None if rows is None else rows.transpose(0, 1), [

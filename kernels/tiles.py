@@ -6,6 +6,7 @@ prints lines for `TUNED`.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +50,8 @@ class Problem:
         bucket: smallest power of two, at least 16, that holds N.
         head_dim_s, head_dim_t: padded widths.
         itemsize: bytes of the wider of the two dtypes.
+        d_y: whether the gradient of y is wanted, whose sum over the queries stays in registers.
+        lengths: whether keys are masked by image, which takes registers as well.
     """
 
     arch: str | None
@@ -56,6 +59,8 @@ class Problem:
     head_dim_s: int
     head_dim_t: int
     itemsize: int
+    d_y: bool = True
+    lengths: bool = False
 
 
 # Heads are whole on the chip up to this width; the tiled kernels take wider ones in chunks.
@@ -86,20 +91,30 @@ def choose(problem: Problem) -> SinglePassTile | TiledTile:
 
 
 def default(problem: Problem) -> SinglePassTile | TiledTile:
-    """For hardware that nobody has tuned: what compiles without spills, see benchmarks/results/aot_report.csv."""
-    bucket = problem.bucket
+    """For hardware that nobody has tuned: what is simulated as fastest, see benchmarks/results/aot_report.csv.
+
+    On sm_90 that is whole rows on four warps, two blocks an SM of which one computes while the other waits, as long as
+    spilled registers stay in L1; else half rows on eight warps. Elsewhere, what compiles without spills.
+    """
+    bucket, num_stages = problem.bucket, 1
     wide = problem.head_dim_s > 16 or problem.head_dim_t > 64
     if bucket <= 32:
         block_queries, num_warps, key_groups = 16, 1, 1
     elif problem.arch == "sm_90":
-        halves = bucket == 256 or (bucket == 128 and problem.head_dim_s > 16)
-        block_queries, num_warps, key_groups = (64, 8, 2) if halves else (64, 4, 1)
+        room = not problem.d_y or (problem.head_dim_s <= 32 and not problem.lengths)
+        whole_rows = bucket < 256 or (problem.head_dim_t <= 64 and room)
+        block_queries, num_warps, key_groups, num_stages = (64, 4, 1, 1) if whole_rows else (64, 8, 2, 3)
     elif bucket == 256 and (problem.arch == "sm_100" or (wide and problem.arch not in ROOMY)):
         block_queries, num_warps, key_groups = 32, 8, 1
     else:
         block_queries, num_warps, key_groups = 16, min(4, bucket // 32), 1
-    tile = SinglePassTile(block_queries=block_queries, num_warps=num_warps, key_groups=key_groups)
-    return tile if fits_single_pass(problem, tile) else default_tiled(problem)
+    for stages in dict.fromkeys((num_stages, 1)):
+        tile = SinglePassTile(
+            block_queries=block_queries, num_warps=num_warps, num_stages=stages, key_groups=key_groups
+        )
+        if fits_single_pass(problem, tile):
+            return tile
+    return default_tiled(problem)
 
 
 def default_tiled(problem: Problem) -> TiledTile:
@@ -132,7 +147,9 @@ def fits_single_pass(problem: Problem, tile: SinglePassTile) -> bool:
         return False
     widths = problem.head_dim_s + problem.head_dim_t
     maps = 1 if tile.key_groups == 1 else 2  # d_logits changes hands, once for each product
-    elements = (problem.bucket + tile.block_queries) * widths + maps * problem.bucket * tile.block_queries
+    # Triton keeps one block more than it has stages; unpipelined, the one at work.
+    blocks = 1 if tile.num_stages == 1 else tile.num_stages + 1
+    elements = (problem.bucket + blocks * tile.block_queries) * widths + maps * problem.bucket * tile.block_queries
     return elements * problem.itemsize <= SHARED_MEMORY.get(problem.arch, 64 * 1024)
 
 
@@ -142,9 +159,14 @@ def candidates(problem: Problem) -> Iterator[SinglePassTile | TiledTile]:
         for block_queries in (16, 32, 64):
             for num_warps in (1, 2, 4, 8):
                 elements = block_queries * problem.bucket // (32 * num_warps)  # of each map, in one thread
-                if 16 <= elements <= 64:
-                    for key_groups in {1, max(1, 16 * num_warps // block_queries)}:
-                        yield SinglePassTile(block_queries=block_queries, num_warps=num_warps, key_groups=key_groups)
+                if 16 <= elements <= 128:
+                    for key_groups, num_stages in product({1, max(1, 16 * num_warps // block_queries)}, (1, 2, 3)):
+                        yield SinglePassTile(
+                            block_queries=block_queries,
+                            num_warps=num_warps,
+                            num_stages=num_stages,
+                            key_groups=key_groups,
+                        )
     for block_queries in (32, 64, 128):
         for block_keys in (32, 64, 128):
             for num_warps in (4, 8):

@@ -183,6 +183,8 @@ def problem(operands: Operands, arch: str | None = None) -> tiles.Problem:
         head_dim_s=padded(operands.x_s.shape[3]),
         head_dim_t=padded(operands.x_t.shape[3]),
         itemsize=max(operands.x_s.element_size(), operands.x_t.element_size()),
+        d_y=operands.d_y is not None,
+        lengths=operands.lengths is not None,
     )
 
 

@@ -67,7 +67,7 @@ ARROWS = {  # room: what of tinymim_fast it may import, rooms or single modules
     "tinymim_fast/training/metrics.py": {"data.errors", "files"},
     "tinymim_fast/training/step.py": {"engine", "training.task"},
     "tinymim_fast/training/schedule.py": {"config"},
-    "tinymim_fast/tasks": {"tasks", "targets", "models", "training.task", "config", "distributed", "errors"},
+    "tinymim_fast/tasks": {"tasks", "targets", "models", "training.task", "config", "distributed", "errors", "files"},
     "tinymim_fast/train.py": {"tasks.distill", "training.program"},
     "tinymim_fast/pretrain.py": {"tasks.pretrain", "training.program"},
 }

@@ -1,5 +1,6 @@
 """Evaluation on several ranks."""
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from support.programs import TINY, run_training
+from support.programs import ROOT, TINY, run_training
 from tinymim_fast.data.views import EvalView
 from tinymim_fast.errors import EXIT_INPUT
 from tinymim_fast.evaluation.features import extract_features
@@ -62,3 +63,10 @@ def test_bad_input_on_several_ranks_is_one_line(checkpoint, tmp_path):
     )
     assert code != 0 and f"exitcode  : {EXIT_INPUT}" in output
     assert len([line for line in output.splitlines() if line.startswith("evaluate: ")]) == 1, output
+
+
+@pytest.mark.parametrize("program", ["evaluate", "export"])
+def test_help_does_not_wait_for_torch(program):
+    code = f"import sys; sys.modules['torch'] = None; from tinymim_fast.{program} import main; main(['--help'])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0 and "--model-kwargs" in done.stdout, done.stderr

@@ -73,8 +73,12 @@ class RunConfig:
         checkpoint_interval: optimizer steps between checkpoints; 0: by time only.
         checkpoint_minutes: minutes between checkpoints; 0: by steps only. The last step is always saved.
         checkpoint_hist: checkpoints kept.
+        on_nonfinite: "stop" ends the run where a loss or weight is NaN or infinite; "skip" looks at each step's
+            gradient, which waits for the device, and leaves such a step out.
+        max_nonfinite: steps that "skip" may leave out in a whole run; one more ends it.
         verify_checkpoints: compare a checkpoint with its checksums before going on from it, at 1 to 2 s a GB.
         max_time: minutes from the program's start after which the run saves and stops with code 75; 0: none.
+        max_wait: minutes that one micro-batch may be waited for, after which the run ends with code 75; 0: any time.
         resume: "auto" continues what `output_dir` holds; "none" starts anew and refuses a folder with checkpoints.
         tensorboard: write event files to `output_dir/tensorboard`.
     """
@@ -94,8 +98,11 @@ class RunConfig:
             "checkpoint_interval",
             "checkpoint_minutes",
             "checkpoint_hist",
+            "on_nonfinite",
+            "max_nonfinite",
             "verify_checkpoints",
             "max_time",
+            "max_wait",
             "resume",
             "tensorboard",
             "train_micro_batch_size_per_gpu",
@@ -146,8 +153,11 @@ class RunConfig:
     checkpoint_interval: int = 0
     checkpoint_minutes: float = 30.0
     checkpoint_hist: int = 2
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    max_nonfinite: int = 10
     verify_checkpoints: bool = True
     max_time: float = 0.0
+    max_wait: float = 30.0
     resume: Literal["auto", "none"] = "auto"
     tensorboard: bool = True
 
@@ -156,7 +166,7 @@ class RunConfig:
             value = getattr(self, f.name)
             optional = type(None) in get_args(f.type)
             self._check(f.name, value is not None or optional, "a value")
-            self._check(f.name, not isinstance(value, bool) or f.type is bool, "a number")
+            self._check(f.name, not isinstance(value, bool) or bool in (f.type, *get_args(f.type)), "a number")
             self._check(f.name, value != "", "no empty text")
             numbers = value if isinstance(value, tuple) else (value,)
             self._check(f.name, all(abs(v) < 2**31 for v in numbers if isinstance(v, int)), "less than 2 ** 31")
@@ -176,7 +186,9 @@ class RunConfig:
             "checkpoint_interval",
             "checkpoint_minutes",
             "profile",
+            "max_nonfinite",
             "max_time",
+            "max_wait",
             "seed",
         ]:
             self._check(name, getattr(self, name) >= 0, "0 or more")

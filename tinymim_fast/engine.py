@@ -77,6 +77,7 @@ def deepspeed_config(
     zero_stage: int,
     bf16: bool,
     clip_grad: float = 0.0,
+    skip_nonfinite: bool = False,
     deepspeed_config: str | Path | None = None,
 ) -> dict[str, Any]:
     """The DeepSpeed configuration that these settings mean, with a user's file merged in.
@@ -87,6 +88,8 @@ def deepspeed_config(
         bf16: bf16 weights with fp32 master weights and fp32 gradient accumulation; at stage 0 bf16 autocast over fp32
             weights.
         clip_grad: largest gradient norm; 0 does not clip.
+        skip_nonfinite: look at each step's gradient, which waits for the device, and leave out a step where it is NaN
+            or infinite: see `Engine.step`.
         deepspeed_config: a DeepSpeed JSON file; may add what is not said here, and may not contradict it.
 
     Raises:
@@ -100,7 +103,7 @@ def deepspeed_config(
         # round_robin_gradients on two ranks: safe_get_full_fp32_param gave other weights' values (DeepSpeed 0.19.8)
         "zero_optimization": {"stage": zero_stage, "round_robin_gradients": False},
         # A gradient that isn't finite makes the next loss so, which the loop looks at; a check here reads the device.
-        "bf16": {"enabled": bf16, "check_grad_overflow": False},
+        "bf16": {"enabled": bf16, "check_grad_overflow": skip_nonfinite},
         "fp16": {"enabled": False},
         "data_types": {"grad_accum_dtype": "fp32"},
         "steps_per_print": None,
@@ -109,7 +112,8 @@ def deepspeed_config(
         # Without ZeRO, DeepSpeed has no fp32 accumulation for bf16 weights; autocast over fp32 weights is the same.
         ours["bf16"]["enabled"] = False
         ours["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
-    if not clip_grad and (zero_stage == 2 or (zero_stage == 1 and not bf16)):  # others compute it whatever one says
+    no_norm = zero_stage == 2 or (zero_stage == 1 and not bf16)  # others compute it whatever one says
+    if no_norm and not clip_grad and not skip_nonfinite:
         ours["zero_optimization"]["compute_grad_norm"] = False
     if zero_stage == 3:
         # Replaces F.linear for the whole process, the teacher's too; the gradient of bf16 weights is then another one.
@@ -234,7 +238,12 @@ class Engine:
         regions: modules of `model` that are compiled: ZeRO-3 gathers the weights of one at once, no hooks inside.
 
     `forward` takes what the model's forward takes; floating-point inputs in `dtype`.
+
+    Attributes:
+        step_applied: False after a step that was left out: see `step`.
     """
+
+    looking = False  # whether the step that DeepSpeed takes now looks at the gradient's norm
 
     def __init__(
         self,
@@ -279,6 +288,8 @@ class Engine:
             if parameter.dtype != torch.float32:  # DeepSpeed made the master weights from ones already rounded
                 self._set(parameter, exact[name])
         self._start_at(0)
+        self.step_applied = True
+        self._looks_at_gradients = ds_config["bf16"].get("check_grad_overflow", False)
         self.forward = self._engine
 
     @property
@@ -291,8 +302,29 @@ class Engine:
         self._engine.backward(loss)
 
     def step(self) -> None:
-        """After each backward; updates the weights at the end of each accumulation."""
+        """After each backward; updates the weights at the end of each accumulation.
+
+        With `skip_nonfinite`, where the gradient is not finite, on any rank, weights and moments stay on all of them,
+        and `step_applied` is False until the next step. The learning rate goes on: it is a function of the step.
+        """
+        Engine.looking = self._looks_at_gradients
+        if not self._engine.is_gradient_accumulation_boundary():
+            self._engine.step()
+            return
+        zero = self._engine.optimizer
+        self.step_applied = not self._looks_at_gradients or zero is not self._adamw or self._gradient_is_finite()
+        if not self.step_applied:
+            for parameter in self._trained.values():  # AdamW passes over it
+                parameter.grad = None
         self._engine.step()
+        if getattr(zero, "overflow", False):  # ZeRO looked, and DeepSpeed held the schedule back
+            self.step_applied = False
+            self._engine.lr_scheduler.step()
+
+    def _gradient_is_finite(self) -> bool:
+        """Waits for the device, as ZeRO does at each step."""
+        gradients = [p.grad for p in self._trained.values() if p.grad is not None]
+        return bool(torch.stack(torch._foreach_norm(gradients)).isfinite().all())
 
     def trained_state(self) -> dict[str, torch.Tensor]:
         """fp32 master weights of what the optimizer trains, on the CPU. Collective."""
@@ -410,17 +442,19 @@ def save_state(folder: Path, state: Mapping[str, torch.Tensor], client_state: Ma
 
 
 def _leave_gradients_on_the_device() -> None:
-    """No bool of the gradient's norm in each step.
+    """No bool of the gradient's norm in each step, but where `Engine.step` asks for it.
 
     By itself DeepSpeed makes one, drops the step in silence where the norm isn't finite, and lets the schedule lag from
-    then on. Here such a step makes the weights NaN, and the loss after it, which the loop looks at.
+    then on. Here such a step makes the weights NaN, and the loss after it, which the loop looks at; or, with
+    `skip_nonfinite`, it is left out, and said to be.
     """
     for module in (
         deepspeed.runtime.bf16_optimizer,
         deepspeed.runtime.zero.stage_1_and_2,
         deepspeed.runtime.zero.stage3,
     ):
-        module.is_invalid_grad_norm = lambda norm: False
+        asked = module.is_invalid_grad_norm
+        module.is_invalid_grad_norm = lambda norm, asked=asked: Engine.looking and asked(norm)
     deepspeed.runtime.bf16_optimizer.clip_tensors_by_global_norm = _clip
 
 

@@ -11,23 +11,16 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
-
-import torch
-import torch.distributed as dist
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from tinymim_fast.checkpoint_flags import CHECKPOINT_FLAGS, add_checkpoint_arguments, checkpoint_arguments
-from tinymim_fast.data.views import EvalView
-from tinymim_fast.distributed import complete_environment, join
 from tinymim_fast.errors import EXIT_INPUT, InputError, flags
-from tinymim_fast.evaluation.features import extract_features, gather_rows
-from tinymim_fast.evaluation.knn import knn_accuracy
-from tinymim_fast.evaluation.splits import find_splits
-from tinymim_fast.models.checkpoints import load_encoder
-from tinymim_fast.models.model_info import ModelInfo
-from tinymim_fast.models.preprocessing import Preprocessing
-from tinymim_fast.models.taps import Place, Taps
-from tinymim_fast.models.vit import create_vit, freeze, init_mae_style
+
+if TYPE_CHECKING:  # --help does not wait for torch
+    import torch.distributed as dist
+
+    from tinymim_fast.data.views import EvalView
+    from tinymim_fast.models.model_info import ModelInfo
 
 logger = logging.getLogger("tinymim_fast")
 Value = TypeVar("Value")
@@ -63,6 +56,16 @@ def evaluate_knn(
         InputError: no checkpoint, no such folders, labels that say nothing, or an image that can't be decoded; the
             same error on every rank.
     """
+    import torch
+    import torch.distributed as dist
+
+    from tinymim_fast.evaluation import knn
+    from tinymim_fast.evaluation.features import extract_features, gather_rows
+    from tinymim_fast.evaluation.splits import find_splits
+    from tinymim_fast.models.checkpoints import load_encoder
+    from tinymim_fast.models.taps import Place, Taps
+    from tinymim_fast.models.vit import create_vit, freeze, init_mae_style
+
     vit, info = _on_all(group, lambda: load_encoder(checkpoint, model=model, model_kwargs=model_kwargs, key=key))
     splits = _on_all(group, lambda: find_splits(data_path, workers=workers))
     if untrained:
@@ -81,11 +84,14 @@ def evaluate_knn(
     view = eval_view(info, checkpoint)
     parts = [_on_all(group, lambda split=split: extract_features(taps, split, view, **options)) for split in splits]
     train, val = (gather_rows(part, group) for part in parts)
-    return knn_accuracy(train, val) if len(val[0]) else None
+    return knn.knn_accuracy(train, val) if len(val[0]) else None
 
 
 def eval_view(info: ModelInfo, checkpoint: str) -> EvalView:
     """The images that a model expects; says what was assumed where its file says nothing."""
+    from tinymim_fast.data.views import EvalView
+    from tinymim_fast.models.preprocessing import Preprocessing
+
     expects = info.expects
     if expects is None:
         expects = Preprocessing()
@@ -107,6 +113,8 @@ def _on_all(group: dist.ProcessGroup | None, make: Callable[[], Value]) -> Value
         error = caught
     errors = [error]
     if group is not None:
+        import torch.distributed as dist
+
         errors = [None] * dist.get_world_size(group)
         dist.all_gather_object(errors, error, group=group)
     for error in errors:
@@ -125,6 +133,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     # the DeepSpeed launcher adds it; the environment has it
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
+
+    import torch
+    import torch.distributed as dist
+
+    from tinymim_fast.distributed import complete_environment, join
+
     logging.basicConfig(format="evaluate: %(message)s", level=logging.WARNING)
     rank, group = 0, None
     try:

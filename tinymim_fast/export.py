@@ -15,13 +15,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from timm.models import save_for_hf
-
 from tinymim_fast.checkpoint_flags import CHECKPOINT_FLAGS, add_checkpoint_arguments, checkpoint_arguments
 from tinymim_fast.errors import EXIT_INPUT, InputError, flags
 from tinymim_fast.files import whole_folder
-from tinymim_fast.models.checkpoints import TIMM_CONFIG, load_encoder, save_weights
-from tinymim_fast.models.preprocessing import Preprocessing
 
 
 def export(
@@ -48,6 +44,11 @@ def export(
     Raises:
         InputError: no checkpoint (argument "source"), or `out` holds something or can't be written (argument "out").
     """
+    from timm.models import save_for_hf  # here: --help does not wait for torch
+
+    from tinymim_fast.models.checkpoints import TIMM_CONFIG, load_encoder, save_weights
+    from tinymim_fast.models.preprocessing import Preprocessing
+
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out}: exists already; choose another folder or remove it", argument="out")
     vit, info = load_encoder(checkpoint, model=model, model_kwargs=model_kwargs, key=key)

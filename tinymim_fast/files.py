@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import logging
 import os
 import secrets
 import shutil
@@ -15,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+logger = logging.getLogger("tinymim_fast")
 PREFIX = "tmp_"
 CHECKSUMS = "SHA256SUMS"
 
@@ -107,6 +109,21 @@ def remove_unfinished(folder: str | Path) -> None:
             path.unlink()
 
 
+def set_aside(path: str | Path) -> Path:
+    """Give what stands in the way another name, which it returns: nothing of a user's is removed."""
+    path = Path(path)
+    other = path.with_name(f"aside_{path.name}_{secrets.token_hex(4)}")
+    os.rename(path, other)
+    logger.warning("%s is not what should be there; it is called %s now", path, other.name)
+    return other
+
+
+def free_mib(folder: str | Path) -> int:
+    """Free space, MiB, of the file system that `folder` is or would be on."""
+    folder = Path(folder).absolute()
+    return shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free >> 20
+
+
 def write_checksums(folder: str | Path) -> None:
     """`folder/SHA256SUMS`, a line for each file in it: what `sha256sum --check SHA256SUMS` reads.
 
@@ -122,17 +139,27 @@ def differing(folder: str | Path) -> list[str]:
 
     Without a list there is nothing to differ from.
     """
-    path = Path(folder) / CHECKSUMS
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-        listed = [(name, digest) for digest, name in (line.split("  ", 1) for line in lines)]
-    except FileNotFoundError:
-        return []
+        listed = listed_checksums(folder)
     except (OSError, ValueError):
         return [CHECKSUMS]
-    return (
-        [name for name, digest in listed if _sha256_or_none(path.with_name(name)) != digest] if listed else [CHECKSUMS]
-    )
+    return [name for name, digest in listed.items() if _sha256_or_none(Path(folder) / name) != digest]
+
+
+def listed_checksums(folder: str | Path) -> dict[str, str]:
+    """Digest by name in `folder/SHA256SUMS`; empty where there is no list.
+
+    Raises:
+        OSError: it can't be read.
+        ValueError: it holds something else.
+    """
+    path = Path(folder) / CHECKSUMS
+    if not path.exists():
+        return {}
+    listed = {name: digest for digest, name in (x.split("  ", 1) for x in path.read_text("utf-8").splitlines())}
+    if not listed:
+        raise ValueError(f"{path}: is empty")
+    return listed
 
 
 def sha256(path: str | Path) -> str:

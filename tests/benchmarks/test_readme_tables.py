@@ -143,6 +143,14 @@ def test_the_newest_date_of_each_device_counts(tmp_path):
     )
 
 
+def test_a_note_stands_with_its_table(tmp_path):
+    write(tmp_path / "here" / "relation_loss.csv", *losses())
+    write(tmp_path / "there" / "relation_loss.csv", *losses(device="GPU 2"))
+    (tmp_path / "there" / "note.txt").write_text("Measured beside\nother jobs.\n")
+    first, second = readme_tables.performance(tmp_path).split("**GPU 2**")
+    assert "Measured" not in first and "Measured beside other jobs." in " ".join(second.split())
+
+
 def test_nothing_measured(tmp_path):
     text = readme_tables.render(EMPTY, tmp_path)
     assert "Not measured yet." in text and text.count("| not proven |") == len(readme_tables.PROOFS)

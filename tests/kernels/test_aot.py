@@ -16,6 +16,15 @@ ROOT = Path(__file__).parent.parent.parent
 REPORT = ROOT / "benchmarks" / "aot_report.py"
 # At N=197, D_t=64, by D_s: microseconds in which an H200 issues one relation's instructions at B=256, H=12.
 ISSUE_US = {16: 115, 32: 125, 64: 150}
+# What the shipped tiles take by the simulation's middle latencies: QK and VV with gradients, and one relation without.
+SIMULATED_US = {16: (545, 165), 32: (660, 165), 64: (815, 175)}
+# Dwords that the shipped tiles of sm_90 spill, at most, where two blocks an SM on four warps pay for it in the
+# simulation with all spills in L2; benchmarks/NOTES.md has the figures. Everything else spills nothing.
+SPILLS = {
+    **{("197", d_s, "bfloat16", use): 115 for d_s in ("16", "32") for use in ("qk", "loss")},
+    ("197", "64", "bfloat16", "d_x"): 15,
+    ("128", "64", "float16", "qk+vv"): 20,
+}
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +62,9 @@ def test_committed_report_is_of_this_code(rows, committed):
 def test_no_spills(rows, committed):
     assert {row["target"] for row in committed} == {"sm_80", "sm_89", "sm_90", "sm_100", "gfx942"}
     for row in rows + committed:
-        assert row["spill_stores"] == row["spill_loads"] == "0", row
+        shape = tuple(row[name] for name in ("num_tokens", "head_dim_s", "dtype", "use"))
+        allowed = SPILLS.get(shape, 0) if row["target"] == "sm_90" and row["head_dim_t"] == "64" else 0
+        assert int(row["spill_stores"]) <= allowed and int(row["spill_loads"]) <= allowed, row
 
 
 def test_no_worse_than_before():
@@ -81,6 +92,19 @@ def test_single_pass_at_vit_shapes(rows, head_dim_s):
         assert float(row["mufu_per_element"]) <= 2.2
         assert int(row["hgmma"]) > 0
     assert sum(float(row["issue_us"]) for row in of_relation) <= ISSUE_US[head_dim_s]
+
+
+@pytest.mark.usefixtures("same_triton")
+@pytest.mark.parametrize("head_dim_s", SIMULATED_US)
+def test_simulated_time_at_vit_shapes(rows, head_dim_s):
+    for use, limit in zip(("loss", "forward"), SIMULATED_US[head_dim_s], strict=True):
+        times = [
+            float(row["simulated_us"])
+            for row in rows
+            if (row["num_tokens"], row["head_dim_s"], row["head_dim_t"], row["use"])
+            == ("197", str(head_dim_s), "64", use)
+        ]
+        assert len(times) == 2 and max(times) <= limit
 
 
 def test_report_refuses_the_interpreter():

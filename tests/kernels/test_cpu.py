@@ -68,8 +68,8 @@ def test_processes_that_compile_at_once(tmp_path):
     code = "import torch; from tinymim_fast.kernels import cpu; print(cpu.takes(torch.empty(0)))"
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-W", "error", "-c", code]
-    running = [subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) for _ in range(3)]
-    assert [process.communicate(timeout=300)[0] for process in running] == ["True\n"] * 3
+    running = [subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    assert [process.communicate(timeout=300)[0] for process in running] == ["True\n"] * 2
     assert len(list((tmp_path / "cache" / "tinymim_fast").iterdir())) == 1
 
 

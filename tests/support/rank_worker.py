@@ -18,6 +18,7 @@ from support.runs import Stopped, distil, last_step, stopping, with_prepare
 from tinymim_fast import engine, evaluate
 from tinymim_fast.config import parse
 from tinymim_fast.distributed import World
+from tinymim_fast.evaluation import knn
 from tinymim_fast.tasks import distill
 
 FIRST_GREY, GREY_STEP = 20, 9  # of `numbered_images`, in units of 0..255
@@ -80,7 +81,7 @@ def main() -> int:
         train_and_record(world, Path(path), int(rest[0]), rest[1:])
         engine.stop()
         return 0
-    accuracy = evaluate.knn_accuracy
+    accuracy = knn.knn_accuracy
 
     def keep(train_part, val_part):
         np.savez(
@@ -89,7 +90,7 @@ def main() -> int:
         )
         return accuracy(train_part, val_part)
 
-    with patched(evaluate, knn_accuracy=keep):
+    with patched(knn, knn_accuracy=keep):
         return evaluate.main(rest)
 
 

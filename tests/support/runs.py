@@ -16,6 +16,8 @@ from tinymim_fast.training import loop
 from tinymim_fast.training.metrics import read_metrics
 from tinymim_fast.training.task import Task
 
+SIX_STEPS = {"checkpoint_interval": 3, "epochs": 1}  # changes of `distill_flags` for the fixture `six_steps`
+
 
 class Stopped(Exception):
     """A run that a test ended."""

@@ -166,7 +166,10 @@ class Statistics:
 @pytest.mark.fault(
     "a student with BatchNorm", "its statistics are trained, saved, resumed and exported, under bf16 weights too"
 )
-@pytest.mark.parametrize(("stage", "bf16"), [(1, "false"), (0, "true"), (2, "true")])
+@pytest.mark.parametrize(
+    ("stage", "bf16"),
+    [pytest.param(1, "false", marks=pytest.mark.slow), pytest.param(0, "true", marks=pytest.mark.slow), (2, "true")],
+)
 def test_batch_norms_statistics_are_trained_saved_resumed_and_exported(
     stage, bf16, world, image_folder, coarse_teacher, tmp_path
 ):

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 pytest.importorskip("deepspeed")
 
 from support.programs import distill_flags
-from support.runs import distil, losses
+from support.runs import SIX_STEPS, distil, losses
 from tinymim_fast import files
 from tinymim_fast.errors import InputError
 from tinymim_fast.training import checkpoint
@@ -127,17 +127,6 @@ def remove(path):
     path.unlink()
 
 
-@pytest.fixture(scope="module")
-def six_steps(world, image_folder, teacher_file, tmp_path_factory):
-    """A run of six steps with checkpoints of steps 3 and 6."""
-    folder = tmp_path_factory.mktemp("six") / "run"
-    distil(world, *distill_flags(image_folder, teacher_file, folder, **SIX))
-    return folder
-
-
-SIX = {"checkpoint_interval": 3, "epochs": 1}
-
-
 @pytest.mark.fault(
     "the newest checkpoint is damaged: a flipped bit, a zeroed page, cut off, missing, or a file of another step",
     "it is named and set aside; the run goes on from the one before, bitwise as if undisturbed",
@@ -149,7 +138,7 @@ def test_a_damaged_checkpoint_is_not_gone_on_from(
 ):
     shutil.copytree(six_steps, tmp_path / "run")
     damage(tmp_path / "run" / "checkpoints" / "step_00000006" / name)
-    distil(world, *distill_flags(image_folder, teacher_file, tmp_path / "run", **SIX))
+    distil(world, *distill_flags(image_folder, teacher_file, tmp_path / "run", **SIX_STEPS))
     assert losses(tmp_path / "run") == losses(six_steps)
     folder = tmp_path / "run" / "checkpoints"
     for one, other in zip(
@@ -166,7 +155,7 @@ def test_without_verifying_a_flipped_bit_is_not_seen(world, image_folder, teache
     """What `verify_checkpoints=false` costs."""
     shutil.copytree(six_steps, tmp_path / "run")
     flip_a_bit(tmp_path / "run" / "checkpoints" / "step_00000006" / "model.safetensors")
-    flags = distill_flags(image_folder, teacher_file, tmp_path / "run", **SIX, verify_checkpoints="false")
+    flags = distill_flags(image_folder, teacher_file, tmp_path / "run", **SIX_STEPS, verify_checkpoints="false")
     distil(world, *flags)
     assert not list((tmp_path / "run" / "checkpoints").glob("aside_*"))
 
@@ -181,7 +170,7 @@ def test_damaged_checkpoints_alone_are_an_error_that_changes_nothing(
     with pytest.raises(
         InputError, match=r"every checkpoint is damaged: .*step_00000006 \(optimizer.safetensors is not"
     ):
-        distil(world, *distill_flags(image_folder, teacher_file, tmp_path / "run", **SIX))
+        distil(world, *distill_flags(image_folder, teacher_file, tmp_path / "run", **SIX_STEPS))
     assert {*tmp_path.rglob("*")} == before
 
 
@@ -191,7 +180,7 @@ def test_a_checkpoint_of_before_there_were_checksums_is_gone_on_from(
     shutil.copytree(six_steps, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_00000006")
     (tmp_path / "run" / "checkpoints" / "step_00000003" / "SHA256SUMS").unlink()
-    distil(world, *distill_flags(image_folder, teacher_file, tmp_path / "run", **SIX))
+    distil(world, *distill_flags(image_folder, teacher_file, tmp_path / "run", **SIX_STEPS))
     assert losses(tmp_path / "run") == losses(six_steps)
 
 

@@ -1,10 +1,13 @@
 import json
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 pytest.importorskip("deepspeed")
 
+from support.programs import ROOT, run_training
 from tinymim_fast.batches import BatchPlan
 from tinymim_fast.engine import MOMENTS, Engine, deepspeed_config, parameter_groups, save_state
 from tinymim_fast.errors import InputError
@@ -148,3 +151,37 @@ def test_state_of_another_model_is_refused(world, tmp_path):
     save_state(tmp_path, make_engine(network(width=6), world, bf16=False).optimizer_state(), {"step": 1})
     with pytest.raises(InputError, match=r"exp_avg\.0\.weight is \(6, 4\), want \(5, 4\)"):
         engine.load(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def stages(tmp_path_factory):
+    """What two ranks of stage_worker.py found at every stage."""
+    results = tmp_path_factory.mktemp("stages") / "results.jsonl"
+    torchrun = Path(sys.executable).parent / "torchrun"
+    code, output = run_training(
+        torchrun, "--standalone", "--nproc-per-node=2", ROOT / "tests" / "support" / "stage_worker.py", results
+    )
+    assert code == 0, output
+    rows = [json.loads(line) for line in results.read_text().splitlines()]
+    assert len(rows) == 16
+    return rows
+
+
+def test_every_stage_trains_as_plain_pytorch_on_two_ranks(stages):
+    """Clipped and not, with accumulation, against fp64; bf16 rounds the weights that a gradient is taken at."""
+    for row in stages:
+        assert row["error"] < (5e-3 if row["bf16"] else 1e-6), row
+
+
+def test_no_step_reads_the_device_at_any_stage(stages):
+    assert all(row["reads"] == 0 for row in stages), stages
+
+
+def test_the_counter_of_reads_counts():
+    """What DeepSpeed asks in each step by itself."""
+    from support.stage_worker import CountReads
+
+    with CountReads() as reads:
+        bool(torch.ones(()).isfinite())
+        torch.ones(()).item()
+    assert reads.count >= 2

@@ -15,12 +15,12 @@ from tinymim_fast.models.checkpoints import list_checkpoints
 @pytest.mark.fault(
     "SIGKILL while a checkpoint is written, to one rank or two",
     "what was saved stays; the same command goes on, bitwise as if undisturbed",
-    tries=12,
+    tries=8,
 )
-@pytest.mark.parametrize(("ranks", "count"), [(1, 8), (2, 4)])
+@pytest.mark.parametrize(("ranks", "count"), [(1, 5), (2, 3)])
 def test_kills_while_a_checkpoint_is_written(image_folder, teacher_file, tmp_path, ranks, count):
     """SIGKILL within 8 ms of the first byte of a checkpoint; the same command goes on as if nothing had happened."""
-    changes = {"checkpoint_interval": 1, "epochs": 5, "zero_stage": 2}
+    changes = {"checkpoint_interval": 1, "epochs": 3, "zero_stage": 2}
 
     def starter(output_dir):
         flags = distill_flags(image_folder, teacher_file, output_dir, **changes)
@@ -28,7 +28,7 @@ def test_kills_while_a_checkpoint_is_written(image_folder, teacher_file, tmp_pat
 
     kills.run_to_end(starter(tmp_path / "whole"))
     tally, rng = kills.Tally(), random.Random(ranks)
-    while tally.kills < count and (not tally.steps or tally.steps[-1] < 27):
+    while tally.kills < count and (not tally.steps or tally.steps[-1] < 15):
         kills.kill_in_writing(starter(tmp_path / "killed"), tmp_path / "killed", rng, tally)
     kills.run_to_end(starter(tmp_path / "killed"))
     kills.assert_same_run(tmp_path / "killed", tmp_path / "whole")
@@ -39,7 +39,7 @@ def test_kills_while_a_checkpoint_is_written(image_folder, teacher_file, tmp_pat
     "the disk is full while a checkpoint is written",
     "one line, code 2, the checkpoint before stays; with space again the same command goes on, bitwise",
 )
-@pytest.mark.parametrize("share", [0.0, 0.3, 0.7])
+@pytest.mark.parametrize("share", [0.0, 0.7])
 def test_a_disk_that_fills_while_a_checkpoint_is_written(image_folder, teacher_file, tmp_path, share):
     """Room for one checkpoint and `share` of the next; with space again, the same command goes on."""
     changes = {"checkpoint_interval": 2, "epochs": 1, "warmup_epochs": 0, "checkpoint_hist": 3}

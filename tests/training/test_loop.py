@@ -123,6 +123,37 @@ def test_a_bad_loss_is_found_at_the_next_report(world, image_folder, teacher_fil
 
 
 @pytest.mark.parametrize(
+    ("stage", "bad_step"),
+    [(0, 9), (1, 9), (2, 9), (3, 9), (1, 18), pytest.param(3, 18, marks=pytest.mark.slow)],
+)
+def test_a_gradient_that_is_not_finite_ends_the_run_at_every_stage(
+    world, image_folder, teacher_file, tmp_path, stage, bad_step
+):
+    """With a finite loss: the step is not dropped in silence; the next loss tells, or the weights at the last step."""
+
+    def build_broken(*args):
+        task = distill.build_task(*args)
+        forward, calls = task.model.forward, []
+
+        def broken(*inputs):
+            calls.append(1)
+            out = forward(*inputs)
+            if len(calls) == bad_step:
+                out["loss"] = out["loss"] + (out["loss"] - out["loss"].detach()).sqrt()  # adds 0, whose gradient is inf
+            return out
+
+        task.model.forward = broken
+        return task
+
+    flags = distill_flags(image_folder, teacher_file, tmp_path / "run", zero_stage=stage, checkpoint_interval=4)
+    where = "the loss is not finite at step 10" if bad_step == 9 else "is not finite after step 18"
+    good = "step_00000008" if bad_step == 9 else "step_00000016"
+    with pytest.raises(NonFiniteLossError, match=rf"{where}.*; the last good checkpoint is .*{good}"):
+        distil(world, *flags, build_task=build_broken)
+    assert len(losses(tmp_path / "run")) == min(bad_step, 18)
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"data_path": "/no/such/folder"}, "--data-path: got /no/such/folder"),

@@ -1,6 +1,7 @@
 """Continuing: after signals and kills, on other numbers of ranks, and what a continued run may not find changed."""
 
 import os
+import shutil
 import signal
 import sys
 import time
@@ -15,7 +16,7 @@ pytest.importorskip("deepspeed")
 
 from support.programs import ROOT, distill_flags, run_training, start_forked
 from support.rank_worker import FIRST_GREY, GREY_STEP, train_and_record
-from support.runs import Stopped, distil, last_step, losses, pretrain_flags, pretrain_mae, stopping
+from support.runs import SIX_STEPS, Stopped, distil, last_step, losses, pretrain_flags, pretrain_mae, stopping
 from tinymim_fast.errors import EXIT_TERMINATED, InputError
 from tinymim_fast.models.checkpoints import read_weights
 from tinymim_fast.tasks import pretrain
@@ -151,3 +152,36 @@ def test_a_run_continues_on_other_numbers_of_ranks(world, numbered_images, teach
     epochs = np.concatenate(seen).reshape(3, 24)
     assert (np.sort(epochs) == np.arange(24)).all(), epochs
     assert (epochs[0] != epochs[1]).any() and (epochs[1] != epochs[2]).any()
+
+
+@pytest.mark.fault(
+    "the teacher's file is replaced by other weights, or a run that is the teacher went on, between stop and start",
+    "refused, both are named; the same file under another name is taken",
+)
+def test_the_teacher_is_known_by_its_checksum(world, image_folder, teacher_file, tmp_path, six_steps):
+    shutil.copytree(six_steps, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_00000006")
+    other = torch.load(teacher_file)
+    other["model"]["cls_token"] += 1
+    torch.save(other, tmp_path / teacher_file.name)
+    with pytest.raises(
+        InputError, match=r"--teacher-checkpoint: is mae_pretrain.pth .sha256 \w{12}., and this run began with"
+    ):
+        distil(world, *distill_flags(image_folder, tmp_path / teacher_file.name, tmp_path / "run", **SIX_STEPS))
+    shutil.copy(teacher_file, tmp_path / "moved.pth")
+    distil(world, *distill_flags(image_folder, tmp_path / "moved.pth", tmp_path / "run", **SIX_STEPS))
+    assert losses(tmp_path / "run") == losses(six_steps)
+
+
+def test_a_damaged_teacher_is_refused(world, image_folder, tmp_path, six_steps):
+    shutil.copytree(six_steps, tmp_path / "teacher")
+    path = tmp_path / "teacher" / "checkpoints" / "step_00000006" / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 4
+    path.write_bytes(content)
+    changes = {"teacher_model": None, "teacher_model_kwargs": None}
+    with pytest.raises(
+        InputError, match=r"--teacher-checkpoint: .*step_00000006/model.safetensors is not what was saved"
+    ):
+        distil(world, *distill_flags(image_folder, tmp_path / "teacher", tmp_path / "run", **changes))
+    assert not (tmp_path / "run").exists()

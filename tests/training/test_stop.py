@@ -215,3 +215,34 @@ def test_orphans_save_and_end(image_folder, teacher_file, tmp_path, launcher):
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
+
+
+@pytest.mark.fault("the data workers hang", "after `--max-wait` the run ends, code 75, and names the last checkpoint")
+def test_a_run_does_not_wait_for_data_for_ever(image_folder, teacher_file, tmp_path):
+    flags = distill_flags(image_folder, teacher_file, tmp_path / "run", **{**LONG, "checkpoint_interval": 2})
+    run = start_forked("train", *flags, "--max-wait=0.05")
+    try:
+        run.wait_for("step 3/")
+        for worker in set(members(run.pid)) - {run.pid}:
+            os.kill(worker, signal.SIGSTOP)
+        output, _ = run.communicate(60)
+        assert run.returncode == EXIT_TERMINATED, output
+        assert "of waiting for data, more than max_wait allows, without saving; the last checkpoint is step_" in output
+    finally:
+        run.kill()
+
+
+@pytest.mark.fault("SIGKILL to one rank of two", "the other ends with one line and code 75; the same command goes on")
+def test_a_lost_rank_is_one_line(image_folder, teacher_file, tmp_path):
+    flags = distill_flags(image_folder, teacher_file, tmp_path / "run", **{**LONG, "checkpoint_interval": 2})
+    runs = start_ranks("train", *flags)
+    try:
+        runs[0].wait_for("step 3/")
+        runs[1].kill()
+        output, _ = runs[0].communicate(60)
+        assert runs[0].returncode == EXIT_TERMINATED and "Traceback" not in output, output
+        assert "another rank ended or can't be reached" in output
+        assert f"the last checkpoint is step_{last_step(tmp_path / 'run'):08d}" in output
+    finally:
+        for run in runs:
+            run.kill()

@@ -7,7 +7,7 @@ import warnings
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from tinymim_fast.data.errors import ImageError
 
@@ -81,6 +81,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 def one_line(error: Exception) -> str:
     """What an error says, on one line, without the name of a Python object."""
+    if isinstance(error, UnidentifiedImageError):
+        return "no image of a known type"
     if isinstance(error, OSError) and error.errno is not None:
         return os.strerror(error.errno) if error.strerror is None else error.strerror
     return " ".join((str(error) or type(error).__name__).split())

@@ -128,8 +128,7 @@ def batches(
             if deaths == _MAX_DEATHS:
                 raise DataError(
                     f"got {workers}, of which some were killed {deaths} times in a row, for want of memory most "
-                    f"likely; "
-                    "try fewer, or a smaller batch",
+                    "likely; try fewer, or a smaller batch",
                     argument="workers",
                 ) from None
             log.warning(
@@ -160,10 +159,9 @@ def _batches(
             generator=torch.Generator(),  # else it draws a seed from the global generator, which resuming must not
         )
     )
+    # torch's handler raises wherever the training is when a worker dies; its queue tells too, in five seconds
     if threading.current_thread() is threading.main_thread() and on_child is not None:
-        signal.signal(
-            signal.SIGCHLD, on_child
-        )  # torch's raises wherever the training is when a worker dies; the queue tells too
+        signal.signal(signal.SIGCHLD, on_child)
     scale = torch.tensor([1 / (255 * s) for s in plan.view.std], device=device).view(3, 1, 1)
     shift = torch.tensor([-m / s for m, s in zip(plan.view.mean, plan.view.std)], device=device).view(3, 1, 1)
     try:

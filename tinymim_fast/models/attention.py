@@ -32,7 +32,7 @@ SDPA = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
 # What "auto" takes, by (architecture, dtype, with gradients), where measuring showed another than sdpa to be faster:
-# benchmarks/attention.py, figures in benchmarks/NOTES.md. What is not here, every GPU so far, takes sdpa.
+# figures in benchmarks/NOTES.md. What is not here, every GPU so far, takes sdpa.
 MEASURED = {
     ("cpu_avx512_bf16", torch.bfloat16, True): "math",
     ("cpu_avx512_bf16", torch.bfloat16, False): "math",

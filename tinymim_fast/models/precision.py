@@ -58,7 +58,7 @@ def lower_precision(model: nn.Module, precision: str, device: torch.device) -> t
     dtype = torch.float32 if precision == "fp32" or (precision == "int8" and device.type == "cpu") else torch.bfloat16
     freeze(model, dtype, device)
     if precision == "int8" and device.type == "cpu":
-        with warnings.catch_warnings():  # deprecated in favour of torchao, whose CPU path is slower than fp32
+        with warnings.catch_warnings():  # deprecated in favour of torchao
             warnings.simplefilter("ignore")
             torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8, inplace=True)
     elif precision in ("int8", "fp8"):

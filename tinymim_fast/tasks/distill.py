@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from tinymim_fast.config import RunConfig, to_dict
 from tinymim_fast.errors import InputError, flags
+from tinymim_fast.files import listed_checksums, sha256
 
 if TYPE_CHECKING:
     import torch
@@ -44,7 +45,7 @@ class DistillConfig(RunConfig):
         loss_backend: "auto", "triton", "chunked" or "reference".
     """
 
-    FREE_ON_RESUME: ClassVar[frozenset[str]] = RunConfig.FREE_ON_RESUME | {"loss_backend"}
+    FREE_ON_RESUME: ClassVar[frozenset[str]] = RunConfig.FREE_ON_RESUME | {"loss_backend", "teacher_checkpoint"}
 
     teacher_checkpoint: str
     student_model: str = "vit_base_patch16_224"
@@ -105,6 +106,33 @@ def build_teacher(config: DistillConfig) -> "tuple[Taps, int, int]":
     if other:
         logger.warning("the teacher was trained on images of another %s", "; of another ".join(other))
     return teacher, block, heads
+
+
+def which_teacher(config: DistillConfig) -> dict[str, Any]:
+    """What tells this teacher from others, wherever its file lies: the checksum, and a name for readers.
+
+    A run's output folder means its newest checkpoint, which another day is another teacher.
+
+    Raises:
+        InputError: no such file, or not what was saved.
+    """
+    from tinymim_fast.models.checkpoints import find_weights
+
+    if config.teacher_checkpoint.startswith("timm:"):
+        return {"name": config.teacher_checkpoint}
+    with flags(source="teacher_checkpoint"):
+        path = find_weights(Path(config.teacher_checkpoint))
+    digest = sha256(path)
+    try:
+        saved = listed_checksums(path.parent).get(path.name, digest)
+    except (OSError, ValueError):
+        saved = None
+    if saved != digest:
+        raise InputError(
+            f"{path} is not what was saved: its checksum differs; take another checkpoint",
+            argument="teacher_checkpoint",
+        )
+    return {"name": path.parent.name if path.parent.name.startswith("step_") else path.name, "sha256": digest}
 
 
 def build_task(config: DistillConfig, world: "World", checkpoint: Path | None) -> "Task":
@@ -194,5 +222,6 @@ def build_task(config: DistillConfig, world: "World", checkpoint: Path | None) -
             head_layout={**layout, "relation_heads": heads, "teacher_block": block},
             recipe=to_dict(config),
         ),
+        kept={"teacher_checkpoint": which_teacher(config)},
         regions=(*whole_blocks(taps), *(whole_blocks(teacher) if precision != "int8" else ())),
     )

@@ -16,9 +16,6 @@
 from __future__ import annotations
 
 import logging
-import os
-import secrets
-import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +27,7 @@ from tinymim_fast.config import RunConfig
 from tinymim_fast.distributed import World
 from tinymim_fast.engine import STATE, Engine, save_state
 from tinymim_fast.errors import InputError, NonFiniteLossError
-from tinymim_fast.files import differing, remove_folder, whole_folder, write_checksums
+from tinymim_fast.files import differing, free_mib, remove_folder, set_aside, whole_folder, write_checksums
 from tinymim_fast.models.checkpoints import latest_checkpoint, list_checkpoints, save_weights
 from tinymim_fast.training.task import Task
 
@@ -109,10 +106,9 @@ class Checkpoints:
             self.world.broadcast(write)  # an error of rank 0 is everyone's
         except (OSError, RuntimeError, safetensors.SafetensorError) as error:
             # PyTorch reports a full disk as "unexpected pos"
-            free_mib = shutil.disk_usage(self.output_dir).free >> 20
             raise InputError(
-                f"{self.output_dir}: the checkpoint of step {step} can't be saved ({free_mib} MiB are free): {error}; "
-                f"the last good one is {latest_checkpoint(self.output_dir) or 'none'}. "
+                f"{self.output_dir}: the checkpoint of step {step} can't be saved ({free_mib(self.output_dir)} MiB are "
+                f"free): {error}; the last good one is {latest_checkpoint(self.output_dir) or 'none'}. "
                 "Free space and start the same command again",
                 argument="output_dir",
             ) from error
@@ -141,11 +137,3 @@ def damage(folder: Path, *, verify: bool) -> str | None:
         return f"{STATE} is missing"
     differ = differing(folder) if verify else []
     return f"{', '.join(differ)} is not what was saved: its checksum differs" if differ else None
-
-
-def set_aside(path: Path) -> Path:
-    """Give what is no good checkpoint another name, which it returns: nothing of a user's is removed."""
-    other = path.with_name(f"aside_{path.name}_{secrets.token_hex(4)}")
-    os.rename(path, other)
-    logger.warning("%s is no good checkpoint; it is called %s now", path, other.name)
-    return other

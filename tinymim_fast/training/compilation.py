@@ -24,7 +24,7 @@ COMPILER_ERRORS = (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.Fai
 def wanted(choice: bool | str, device: torch.device) -> bool:
     """What `compile` means on this device: "auto" compiles on GPUs only.
 
-    On CPUs compiled blocks were no faster than eager ones: benchmarks/NOTES.md. On GPUs nobody has measured them yet.
+    On CPUs compiled blocks were no faster than eager ones in a trial; on GPUs nobody has measured them yet.
     """
     return device.type == "cuda" if choice == "auto" else bool(choice)
 

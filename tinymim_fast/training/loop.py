@@ -16,13 +16,13 @@ from tinymim_fast.data.bad_files import BadFiles
 from tinymim_fast.distributed import World, seed_rank
 from tinymim_fast.engine import Engine, deepspeed_config, refusals
 from tinymim_fast.errors import InputError, NonFiniteLossError, Terminated, flags
-from tinymim_fast.files import remove_unfinished, write_text
+from tinymim_fast.files import remove_unfinished, set_aside, write_text
 from tinymim_fast.models.checkpoints import latest_checkpoint
 from tinymim_fast.training import checkpoint as checkpoints
 from tinymim_fast.training import resume
 from tinymim_fast.training.compilation import Compiler, wanted
 from tinymim_fast.training.lock import RunLock
-from tinymim_fast.training.metrics import Recorder, plot_curves
+from tinymim_fast.training.metrics import Recorder, plot_curves, warn_of_divergence
 from tinymim_fast.training.progress import Progress
 from tinymim_fast.training.schedule import lr_schedule
 from tinymim_fast.training.step import TrainStep
@@ -31,6 +31,7 @@ from tinymim_fast.training.task import Task
 from tinymim_fast.training.tracing import Tracer
 
 logger = logging.getLogger("tinymim_fast")
+DS_CONFIG = "deepspeed_config.json"
 # What ranks agree on, the larger winning; above STOP come the reasons of `StopRequests`.
 SAVE, STOP, TOO_MANY_BAD = 1, 2, 100
 
@@ -66,6 +67,7 @@ def train(
         zero_stage=config.zero_stage,
         bf16=config.bf16,
         clip_grad=config.clip_grad,
+        skip_nonfinite=config.on_nonfinite == "skip",
         deepspeed_config=config.deepspeed_config,
     )
     lock = RunLock(output_dir)
@@ -110,11 +112,12 @@ def train(
                 seed=config.seed,
                 regions=regions,
             )
-        step, total_steps = 0, steps_per_epoch * config.epochs
+        step, total_steps, num_skipped = 0, steps_per_epoch * config.epochs, 0
         seed_rank(config.seed, step, world.rank)
         if checkpoint is not None:
             client_state = engine.load(checkpoint)
-            step = client_state["step"]
+            step, num_skipped = client_state["step"], client_state.get("num_skipped", 0)
+            resume.check_kept(task.kept, client_state.get("kept"))
             bad_files.recheck(client_state["bad_files"])
             logger.info("continuing from %s", checkpoint)
         world.broadcast(lambda: _prepare_folder(lock, config, ds_config, index, found.damaged))
@@ -122,7 +125,13 @@ def train(
         # The run.
         train_step = TrainStep(engine, task.prepare, parts=task.parts, accumulation_steps=batches.accumulation_steps)
         progress = Progress(
-            world, task.parts, batches, steps_per_epoch=steps_per_epoch, bad_files=bad_files, start_step=step
+            world,
+            task.parts,
+            batches,
+            steps_per_epoch=steps_per_epoch,
+            bad_files=bad_files,
+            start_step=step,
+            num_skipped=num_skipped,
         )
         saver = checkpoints.Checkpoints(config, world, task, engine, steps_per_epoch=steps_per_epoch, start_step=step)
         recorder = Recorder(
@@ -136,13 +145,23 @@ def train(
         agreement = None  # on what ranks asked for in the step before
         micro_batches = progress.timed(loader.batches(step, total_steps - step), stop)
         stop.last_checkpoint = str(checkpoint or "none")
-        stop.start_training(config.max_time)
+        stop.start_training(config.max_time, config.max_wait)
         try:
             while step < total_steps:
                 lr = engine.lr
                 progress.add(train_step(micro_batches), lr)  # queued: the host runs ahead of the device
                 step += 1
                 stop.now("training")
+                if not engine.step_applied:  # on no rank
+                    if config.on_nonfinite == "stop":
+                        progress.look()  # says so if a loss was to blame
+                        raise NonFiniteLossError(f"the gradient is not finite at step {step}, which changed nothing")
+                    progress.skip()
+                    if progress.num_skipped > config.max_nonfinite:
+                        raise NonFiniteLossError(
+                            f"the gradient is not finite at step {step}, and max_nonfinite, {config.max_nonfinite}, "
+                            "were skipped before"
+                        )
                 recorder.advance()
                 progress.leave_out(compiler.after_step())
                 with progress.paused():
@@ -164,7 +183,8 @@ def train(
                 if request or saver.due(step) or last:
                     with progress.paused(), stop.doing("saving"):
                         progress.look()  # a checkpoint after a bad loss would not be a good one
-                        saver.save(step, {"bad_files": bad_files.by_path})
+                        kept = {"bad_files": bad_files.by_path, "kept": task.kept, "num_skipped": progress.num_skipped}
+                        saver.save(step, kept)
                         stop.last_checkpoint = checkpoints.name_of(step)
 
                 if request == TOO_MANY_BAD:
@@ -186,7 +206,11 @@ def train(
             lock.release()
     if world.is_main:
         logger.info("done: %s", latest_checkpoint(output_dir))
-        plot_curves(output_dir, task.parts)
+        warn_of_divergence(output_dir)
+        try:
+            plot_curves(output_dir, task.parts)
+        except OSError as error:
+            logger.warning("%s: the picture of the curves can't be written: %s", output_dir, error)
 
 
 def _prepare_folder(
@@ -200,9 +224,12 @@ def _prepare_folder(
         for folder in (output_dir, output_dir / checkpoints.FOLDER):
             remove_unfinished(folder)
         for checkpoint in damaged:
-            checkpoints.set_aside(checkpoint)
+            set_aside(checkpoint)
+        for name in (resume.CONFIG, DS_CONFIG, resume.INDEX):
+            if (output_dir / name).is_dir():
+                set_aside(output_dir / name)
         write_text(output_dir / resume.CONFIG, to_yaml(config))
-        write_text(output_dir / "deepspeed_config.json", json.dumps(ds_config, indent=2) + "\n")
+        write_text(output_dir / DS_CONFIG, json.dumps(ds_config, indent=2) + "\n")
         index.save(output_dir / resume.INDEX)
     except OSError as error:
         raise InputError(f"{output_dir} can't be written: {error}", argument="output_dir") from error

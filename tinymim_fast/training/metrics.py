@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,14 +13,17 @@ from typing import Any
 from tqdm import tqdm
 
 from tinymim_fast.data.errors import name_some
-from tinymim_fast.files import whole_file, write_text
+from tinymim_fast.files import set_aside, whole_file, write_text
 
 logger = logging.getLogger("tinymim_fast")
 METRICS = "metrics.jsonl"
+DIVERGED = 2.0  # times its first loss is where a run has not learnt
 
 
 class Recorder:
     """Writes the records of one run; on other ranks than 0 it does nothing.
+
+    A record that can't be written is a warning: no run ends for it.
 
     Args:
         output_dir: the run's folder.
@@ -36,10 +40,13 @@ class Recorder:
         if not enabled:
             return
         self._path = output_dir / METRICS
-        _drop_after(self._path, start_step)
+        self._failed = False  # the last record couldn't be written
+        try:
+            _drop_after(self._path, start_step)
+        except OSError as error:
+            logger.warning("%s can't be cut to step %d: %s", self._path, start_step, error)
         # what the records, cut to the checkpoint by now, name already
         self._named = {path for record in read_metrics(output_dir) for path in record.get("bad_files", ())}
-        self._file = open(self._path, "a", buffering=1)  # noqa: SIM115
         self._total = total_steps
         self._bar = tqdm(
             total=total_steps,
@@ -75,7 +82,7 @@ class Recorder:
         """One line of metrics; `record` has "step", numbers, and what only the file keeps."""
         if not self._enabled:
             return
-        self._file.write(json.dumps(record) + "\n")
+        self._append(json.dumps(record) + "\n")
         numbers = {k: v for k, v in record.items() if isinstance(v, int | float) and k not in ("step", "time")}
         shown = {k: f"{v:.4g}" for k, v in numbers.items()}
         self._bar.set_postfix(shown, refresh=False)
@@ -85,31 +92,59 @@ class Recorder:
             for key, value in numbers.items():
                 self._writer.add_scalar(key, value, record["step"])
 
+    def _append(self, line: str) -> None:
+        """Opened anew each time: the file or its folder may have been removed, the disk may have been full."""
+        try:
+            with open(self._path, "a", encoding="utf-8") as file:
+                file.write("\n" + line if self._failed else line)  # what was written by half ends here
+                file.flush()
+                os.fsync(file.fileno())
+            self._failed = False
+        except OSError as error:
+            if not self._failed:
+                logger.warning("%s: records can't be written, training goes on: %s", self._path, error)
+            self._failed = True
+
     def close(self) -> None:
         """The files are whole after it."""
         if self._enabled:
             self._bar.close()
-            self._file.close()
             if self._writer is not None:
                 self._writer.close()
 
 
 def read_metrics(output_dir: Path) -> list[dict[str, Any]]:
-    """The records of a run; a line that was cut off in writing is left out."""
+    """The records of a run; a line that is none, because it was cut off in writing or damaged, is left out."""
     path = output_dir / METRICS
     records = []
-    for line in path.read_text().splitlines() if path.exists() else ():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
         try:
-            records.append(json.loads(line))
-        except ValueError:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
             continue
+        if isinstance(record, dict) and isinstance(record.get("step"), int):
+            records.append(record)
     return records
 
 
 def _drop_after(path: Path, step: int) -> None:
+    if path.is_dir():
+        set_aside(path)
     if path.exists():
         kept = [record for record in read_metrics(path.parent) if record["step"] <= step]
         write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
+
+
+def warn_of_divergence(output_dir: Path) -> None:
+    """Say so where the last record's loss is more than twice the first's."""
+    told = [record["loss"] for record in read_metrics(output_dir) if isinstance(record.get("loss"), float)]
+    if told and told[-1] > DIVERGED * told[0]:
+        logger.warning(
+            "the loss ends at %.4g, far above the %.4g that it began with: the run diverged; lower lr_base, lengthen "
+            "warmup_epochs, or set clip_grad",
+            told[-1],
+            told[0],
+        )
 
 
 def plot_curves(output_dir: Path, parts: tuple[str, ...]) -> Path:
@@ -117,7 +152,8 @@ def plot_curves(output_dir: Path, parts: tuple[str, ...]) -> Path:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    records = read_metrics(output_dir)
+    names = (*parts, "lr", "images_per_s")
+    records = [r for r in read_metrics(output_dir) if all(isinstance(r.get(name), int | float) for name in names)]
     steps = [r["step"] for r in records]
     figure = Figure(figsize=(9, 6.5), layout="constrained")
     FigureCanvasAgg(figure)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -21,6 +22,8 @@ from tinymim_fast.errors import (
 from tinymim_fast.training.stop import StopRequests
 
 logger = logging.getLogger("tinymim_fast")
+# What gloo and NCCL say when a rank is gone.
+LOST = re.compile(r"closed by peer|reset by peer|Broken pipe|remote process exited|ncclRemoteError|Timed out waiting")
 EXIT_CODES = {InputError: EXIT_INPUT, NonFiniteLossError: EXIT_NON_FINITE, Terminated: EXIT_TERMINATED}
 
 
@@ -76,11 +79,12 @@ def _as_ended(error: Exception, stop: StopRequests) -> Exception | None:
     """The error to tell in one line, one of `EXIT_CODES`; None for one that nobody expects."""
     if isinstance(error, tuple(EXIT_CODES)):
         return error
-    if stop.reason is None:
-        return None
-    # the signal reached what this process waited for, too: another rank, or a process that reads images
     line = " ".join(str(error).split())[:200]
-    return Terminated(
-        f"stopped by {stop.reason}, without saving ({line}); the last checkpoint is {stop.last_checkpoint}, and the "
-        "same command continues"
-    )
+    last = f"the last checkpoint is {stop.last_checkpoint}, and the same command continues"
+    if (
+        stop.reason is not None
+    ):  # the signal reached what this process waited for, too: a rank, or one that reads images
+        return Terminated(f"stopped by {stop.reason}, without saving ({line}); {last}")
+    if isinstance(error, RuntimeError) and LOST.search(line):
+        return Terminated(f"another rank ended or can't be reached, see the launcher's report ({line}); {last}")
+    return None

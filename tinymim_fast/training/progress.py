@@ -17,6 +17,9 @@ from tinymim_fast.errors import NonFiniteLossError
 from tinymim_fast.training.stop import StopRequests
 from tinymim_fast.training.task import Views
 
+SPIKE = 3.0  # times the average of the loss is a spike
+SPIKE_AFTER = 20  # steps, which it takes to have an average
+
 
 class Progress:
     """Collects losses without waiting for the device; `look` waits, on all ranks together.
@@ -28,6 +31,10 @@ class Progress:
         steps_per_epoch: optimizer steps.
         bad_files: each rank's ledger, made one in `look`.
         start_step: step that the run goes on from.
+        num_skipped: steps that were skipped before it.
+
+    Attributes:
+        num_skipped: steps whose gradient was not finite, so that they changed nothing.
     """
 
     def __init__(
@@ -39,6 +46,7 @@ class Progress:
         steps_per_epoch: int,
         bad_files: BadFiles,
         start_step: int,
+        num_skipped: int = 0,
     ):
         self.world, self.parts, self.batches = world, tuple(parts), batches
         self.steps_per_epoch, self.bad_files = steps_per_epoch, bad_files
@@ -46,6 +54,10 @@ class Progress:
         self._losses: list[torch.Tensor] = []  # on the device, one (parts,) a step, not looked at yet
         self._seen: list[torch.Tensor] = []  # on the host, (steps, parts), not reported yet
         self._lr = 0.0
+        self.num_skipped = num_skipped
+        self._skipped: list[int] = []  # since the last record
+        self._spikes: dict[int, float] = {}  # loss by step, since the last record
+        self._average, self._num_averaged = 0.0, 0  # of the loss, over about the last 50 steps
         self._restart_clocks()
 
     def timed(self, micro_batches: Iterator[Views], stop: StopRequests) -> Iterator[Views]:
@@ -66,6 +78,11 @@ class Progress:
         self._lr = lr
         self.step += 1
 
+    def skip(self) -> None:
+        """The step that was added last changed nothing: its losses, which may be no numbers, don't count."""
+        self.num_skipped += 1
+        self._skipped.append(self.step)
+
     def look(self) -> None:
         """Bring the losses to the host, averaged over ranks; one rank's bad files become known to all. Collective.
 
@@ -80,13 +97,24 @@ class Progress:
         for reasons in found:
             self.bad_files.update(reasons)
         everyone = torch.stack(losses)  # (ranks, steps, parts)
-        bad = ~everyone.isfinite().all(-1)
+        first = self.step - num_steps + 1
+        counts = torch.tensor([step not in self._skipped for step in range(first, self.step + 1)])
+        bad = ~everyone.isfinite().all(-1) & counts
         if bad.any():
             at = int(bad.any(0).float().argmax())
             ranks = ", ".join(str(int(r)) for r in bad[:, at].nonzero()[:, 0])
-            raise NonFiniteLossError(f"the loss is not finite at step {self.step - num_steps + at + 1} on rank {ranks}")
-        self._seen.append(everyone.mean(0))
+            raise NonFiniteLossError(f"the loss is not finite at step {first + at} on rank {ranks}")
+        mean = everyone.mean(0)
+        for i in counts.nonzero()[:, 0].tolist():
+            self._watch_for_spikes(first + i, float(mean[i, 0]))
+        self._seen.append(mean[counts])
         self._losses.clear()
+
+    def _watch_for_spikes(self, step: int, loss: float) -> None:
+        if self._num_averaged >= SPIKE_AFTER and loss > SPIKE * self._average:
+            self._spikes[step] = loss
+        self._num_averaged += 1
+        self._average += (loss - self._average) / min(self._num_averaged, 50)
 
     def record(self) -> dict[str, Any] | None:
         """Mean losses, learning rate and speed since the last record; None where there were no steps. Collective."""
@@ -95,16 +123,23 @@ class Progress:
             return None
         steps = torch.cat(self._seen)  # (steps, parts)
         elapsed = time.perf_counter() - self._began
+        means = dict(zip(self.parts, steps.mean(0).tolist(), strict=True)) if len(steps) else {}
         record = {
             "step": self.step,
             "epoch": round(self.step / self.steps_per_epoch, 4),
-            **dict(zip(self.parts, steps.mean(0).tolist(), strict=True)),
+            **means,
             "lr": self._lr,
-            "images_per_s": round(len(steps) * self.batches.global_batch_size / elapsed, 2),
+            "images_per_s": round((len(steps) + len(self._skipped)) * self.batches.global_batch_size / elapsed, 2),
             "data_wait": round(self._waited / elapsed, 4),
             "time": round(time.time(), 2),
         }
+        if self._skipped:
+            record |= {"num_skipped": self.num_skipped, "skipped_steps": list(self._skipped)}
+        if self._spikes:
+            record["spikes"] = dict(self._spikes)
         self._seen.clear()
+        self._skipped.clear()
+        self._spikes.clear()
         self._restart_clocks()
         return record
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import safetensors
 import yaml
 
 from tinymim_fast.config import RunConfig, differences
 from tinymim_fast.data import ImageIndex, find_images
 from tinymim_fast.data.bad_files import BadFiles
 from tinymim_fast.errors import InputError
-from tinymim_fast.models.checkpoints import list_checkpoints
+from tinymim_fast.models.checkpoints import METADATA_KEY, WEIGHTS, list_checkpoints
 from tinymim_fast.training.checkpoint import damage
 
 logger = logging.getLogger("tinymim_fast")
@@ -47,20 +50,43 @@ def find_checkpoint(config: RunConfig) -> Found:
                 argument="output_dir",
             )
         return Found(None)
-    saved = output_dir / CONFIG
-    if saved.exists():
-        changed = differences(yaml.safe_load(saved.read_text(encoding="utf-8")), config)
+    saved = _saved_configuration(output_dir / CONFIG, latest)
+    if saved is not None:
+        changed = differences(saved, config)
         if changed:
             raise InputError(
                 f"{output_dir} holds a run with another configuration ({'; '.join(changed)}); "
                 "choose another folder, or the same configuration to continue it",
                 argument="output_dir",
             )
-    elif latest is not None:
-        raise InputError(
-            f"{output_dir} holds checkpoints but no {CONFIG}; choose another folder", argument="output_dir"
-        )
     return _newest_good(candidates, verify=config.verify_checkpoints)
+
+
+def _saved_configuration(path: Path, latest: Path | None) -> dict[str, Any] | None:
+    """What config.yaml says; where it says nothing, what the newest checkpoint does; None for a new run."""
+    said = "is missing"
+    if path.exists():
+        try:
+            saved = yaml.safe_load(path.read_text(encoding="utf-8"))
+            if isinstance(saved, dict) and "output_dir" in saved:
+                return saved
+            said = "holds no configuration"
+        except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+            said = f"can't be read ({' '.join(str(error).split())[:100]})"
+    if latest is None:
+        return None
+    try:
+        with safetensors.safe_open(latest / WEIGHTS, framework="np") as file:
+            recipe = json.loads(file.metadata()[METADATA_KEY])["recipe"]
+        if not isinstance(recipe, dict) or "output_dir" not in recipe:
+            raise ValueError("no recipe")
+    except (OSError, safetensors.SafetensorError, KeyError, TypeError, ValueError):
+        raise InputError(
+            f"{path} {said}, and {latest.name} doesn't hold the configuration either; choose another folder",
+            argument="output_dir",
+        ) from None
+    logger.warning("%s %s; it is written anew, from what %s holds of it", path, said, latest.name)
+    return recipe
 
 
 def _newest_good(candidates: list[Path], *, verify: bool) -> Found:
@@ -79,6 +105,33 @@ def _newest_good(candidates: list[Path], *, verify: bool) -> Found:
             argument="output_dir",
         )
     return Found(None)
+
+
+def check_kept(now: dict[str, dict[str, Any]], began: dict[str, dict[str, Any]] | None) -> None:
+    """Refuse to go on with another file than the run began with, as a teacher.
+
+    Args:
+        now: `Task.kept`.
+        began: the checkpoint's; None in those of before there was one.
+
+    Raises:
+        InputError: one is another; its argument is the field that names the file.
+    """
+    for field, file in now.items():
+        before = (began or {}).get(field)
+        if before is None:
+            logger.warning("%s: which one this run began with was not kept then; this one is taken", field)
+        elif before.get("sha256", before) != file.get("sha256", file):
+            raise InputError(
+                f"is {_which(file)}, and this run began with {_which(before)}; give that one, wherever it lies now, or "
+                "choose another output_dir",
+                argument=field,
+            )
+
+
+def _which(file: dict[str, Any]) -> str:
+    digest = file.get("sha256")
+    return f"{file.get('name')} (sha256 {digest[:12]})" if digest else str(file.get("name"))
 
 
 def find_run_images(config: RunConfig, *, resumed: bool) -> ImageIndex:

@@ -8,6 +8,7 @@ ends a process that a signal can't reach, because it waits for data, for another
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import select
 import signal
@@ -20,11 +21,13 @@ from typing import Any
 
 from tinymim_fast.errors import EXIT_TERMINATED, Terminated
 
+logger = logging.getLogger("tinymim_fast")
 # A launcher's, Ctrl-C, SLURM's warning before the time limit, a terminal that is closed. One that is ignored stays so.
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 MAX_TIME = "max_time"
 ORPHANED = "the end of its launcher"
 REASONS = (*(number.name for number in SIGNALS), MAX_TIME, ORPHANED)
+SAY_S = 60  # of waiting for data
 LOOK_S = 1.0  # between two looks at the launcher
 WAIT_S = 10  # for data or at the start, after a signal
 STEP_S = 120  # of a step that doesn't end, after a signal
@@ -43,7 +46,7 @@ class StopRequests:
         self.last_checkpoint = "none"
         self._launcher = Launcher()
         self._began = time.monotonic()
-        self._max_s = 0.0
+        self._max_s, self._max_wait_s = 0.0, 0.0
         self._doing, self._doing_since = "starting", self._began
 
     def take_signals(self, prog: str) -> None:
@@ -77,16 +80,17 @@ class StopRequests:
             self.reason = MAX_TIME
         return 0 if self.reason is None else 1 + REASONS.index(self.reason)
 
-    def start_training(self, max_minutes: float) -> None:
+    def start_training(self, max_minutes: float, max_wait_minutes: float) -> None:
         """From now on signals wait for the end of the step.
 
         Args:
             max_minutes: time limit, counted from the making of this object; 0: none.
+            max_wait_minutes: longest wait for one micro-batch, after which the process ends; 0: none.
 
         Raises:
-            Terminated: one came meanwhile.
+            Terminated: a signal came meanwhile.
         """
-        self._max_s = 60 * max_minutes
+        self._max_s, self._max_wait_s = 60 * max_minutes, 60 * max_wait_minutes
         self.now("training")
         if self.reason is not None:
             raise self._terminated_at_start()
@@ -123,25 +127,34 @@ class StopRequests:
                 signal.signal(number, signal.SIG_DFL)
 
     def _watch(self, prog: str, wakeups: int) -> None:
-        """After a signal, end a process that doesn't; in a thread of its own."""
-        asked_at, name = None, ""
+        """After a signal, or after too long a wait, end a process that doesn't; in a thread of its own."""
+        asked_at, name, told_at = None, "", 0.0
         while True:
-            readable = select.select([wakeups], [], [], None if asked_at is None else 1.0)[0]
-            if readable:
+            if select.select([wakeups], [], [], 1.0)[0]:
                 numbers = [n for n in os.read(wakeups, 4096) if n in SIGNALS]
                 if numbers and asked_at is None:
                     asked_at, name = time.monotonic(), signal.Signals(numbers[0]).name
-            if asked_at is None or self._doing == "saving":
+            doing, since = self._doing, self._doing_since
+            waited = time.monotonic() - since
+            if asked_at is not None and doing != "saving":
+                limit = STEP_S if doing == "training" else WAIT_S
+                if time.monotonic() - max(asked_at, since) > limit:
+                    self._end(f"{prog}: stopped by {name} after {limit} s of {doing}")
+            if doing != "waiting for data":
                 continue
-            limit = STEP_S if self._doing == "training" else WAIT_S
-            if time.monotonic() - max(asked_at, self._doing_since) > limit:
-                print(
-                    f"{prog}: stopped by {name} after {limit} s of {self._doing}, without saving; the last "
-                    f"checkpoint is {self.last_checkpoint}, and the same command continues",
-                    file=sys.stderr,
-                    flush=True,
-                )
-                os._exit(EXIT_TERMINATED)
+            if self._max_wait_s and waited > self._max_wait_s:
+                self._end(f"{prog}: stopped after {waited:.0f} s of waiting for data, more than max_wait allows")
+            if waited > SAY_S and since != told_at:
+                logger.warning("waiting for data for %.0f s", waited)
+                told_at = since
+
+    def _end(self, why: str) -> None:
+        print(
+            f"{why}, without saving; the last checkpoint is {self.last_checkpoint}, and the same command continues",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(EXIT_TERMINATED)
 
 
 class Launcher:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -29,6 +30,8 @@ class Task:
         weights: the whole model's fp32 state in timm's names, from the engine's trained one.
         info: what the weights file says of itself; `step` and `epoch` are filled in.
         regions: modules, in `model` or called by `prepare`, that are compiled one by one where compiling is wanted.
+        kept: what a continued run must find unchanged, beside configuration and images: for each field of the
+            configuration that names a file, which it was, as JSON can hold it.
     """
 
     model: nn.Module
@@ -38,6 +41,7 @@ class Task:
     weights: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
     info: ModelInfo
     regions: tuple[nn.Module, ...] = ()
+    kept: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 def train_view(config: RunConfig, world: World, *, color_jitter: float | None = None) -> TrainView:

@@ -1,0 +1,104 @@
+"""Two ranks or more at every ZeRO stage: torchrun stage_worker.py RESULTS writes a line of JSON for each setting.
+
+error: largest distance of a weight from plain PyTorch's in fp64 after STEPS steps on the same samples. reads: how
+often the last two steps asked a device for a number; in the first ZeRO-3 compares the order of modules among ranks.
+"""
+
+import contextlib
+import json
+import sys
+from pathlib import Path
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).parent.parent)  # as tests have it
+
+from tinymim_fast import engine as engines
+from tinymim_fast.batches import BatchPlan
+from tinymim_fast.training.step import TrainStep
+
+STEPS, BATCH, ACCUMULATION = 4, 8, 2
+READS = ("aten._local_scalar_dense", "aten.is_nonzero", "aten.item")
+
+
+class CountReads(TorchDispatchMode):
+    """Counts what makes the host wait for a number of the device."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += str(function).startswith(READS)
+        return function(*args, **(kwargs or {}))
+
+
+class Network(torch.nn.Module):
+    """Sizes that two ranks don't divide evenly."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(3)
+        self.layers = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.GELU(), torch.nn.Linear(5, 3))
+
+    def forward(self, x):
+        return {"loss": self.layers(x).square().mean(dtype=torch.promote_types(x.dtype, torch.float32))}
+
+
+def lr_at(step):
+    return 0.01 * (step + 1)
+
+
+def batch_of(step, world_size):
+    """(accumulation, ranks, B, 4)"""
+    generator = torch.Generator().manual_seed(step)
+    return torch.randn(ACCUMULATION, world_size, BATCH, 4, generator=generator)
+
+
+def plain(world_size, clip):
+    """The weights after plain PyTorch in fp64."""
+    model = Network().double()
+    adamw = torch.optim.AdamW(engines.parameter_groups(model.parameters(), 0.1), lr=0, betas=(0.9, 0.95))
+    for step in range(STEPS):
+        for group in adamw.param_groups:
+            group["lr"] = lr_at(step)
+        model(batch_of(step, world_size).double())["loss"].backward()
+        if clip:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+        adamw.step()
+        adamw.zero_grad()
+    return model.state_dict()
+
+
+def main():
+    torch.set_num_threads(1)
+    world = engines.start()
+    for clip in (0.0, 0.05):
+        exact = plain(world.world_size, clip)
+        for bf16 in (False, True):
+            for stage in range(4):
+                batches = BatchPlan(
+                    micro_batch_size=BATCH, accumulation_steps=ACCUMULATION, world_size=world.world_size
+                )
+                config = engines.deepspeed_config(batches, zero_stage=stage, bf16=bf16, clip_grad=clip)
+                if stage == 3:  # else weights as small as these are never divided
+                    config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+                engine = engines.Engine(Network(), config, world, lr_at=lr_at, weight_decay=0.1)
+                step = TrainStep(engine, lambda views: views, parts=("loss",), accumulation_steps=ACCUMULATION)
+                reads = CountReads()
+                for number in range(STEPS):
+                    with reads if number >= STEPS - 2 else contextlib.nullcontext():
+                        step(iter([(views[world.rank],) for views in batch_of(number, world.world_size)]))
+                state = engine.trained_state()
+                error = max((state[name].double() - exact[name]).abs().max().item() for name in exact)
+                row = {"clip": clip, "bf16": bf16, "stage": stage, "error": error, "reads": reads.count}
+                if world.is_main:
+                    with open(sys.argv[1], "a") as file:
+                        file.write(json.dumps(row) + "\n")
+    engines.stop()
+
+
+if __name__ == "__main__":
+    main()
