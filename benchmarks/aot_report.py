@@ -70,8 +70,6 @@ SHAPES = [
     *((197, d_s, 64, "float16", use) for d_s in (16, 32, 64) for use in ("qk+vv", "rows")),
     *((n, 64, 64, "float16", "qk+vv") for n in (17, 50, 128, 256)),
     *((577, 128, 128, "float16", use) for use in ("qk+vv", "rows")),
-    *((196, 192, 768, dtype, "qk") for dtype in ("bfloat16", "float32")),
-    (196, 768, 768, "float16", "rows"),
 ]
 
 
