@@ -10,6 +10,8 @@ student's logits and the row maxima m and sums l built up tile by tile (online s
 Both gradients are one kernel, which computes dS again from the statistics:
 
     dS = (2^(b - m_s) - 2^(a - m_t) l_s / l_t) / l_s
+
+Heads wider than WHOLE_WIDTH, up to 1,024, go through the chip in chunks of their width.
 """
 
 import torch
@@ -19,7 +21,37 @@ from torch import Tensor
 
 from tinymim_fast.kernels.device_math import LN_2, MASKED, exp2, gain, locate, log2, padded, reciprocal, valid_tokens
 from tinymim_fast.kernels.operands import Launch, Operands, launch
-from tinymim_fast.kernels.tiles import TiledTile
+from tinymim_fast.kernels.tiles import WHOLE_WIDTH, TiledTile
+
+# Columns of wide heads that are on the chip at a time for the logits, and bytes of a row in a program's share of the
+# gradient: fp32, whose products have no matrix unit, spills with more.
+CHUNK = tl.constexpr(64)
+GRADIENT_BYTES = 512
+
+
+@triton.jit
+def chunked_logits(
+    x_ptr,
+    y_ptr,
+    stride_n,
+    offs_x,
+    offs_y,
+    mask_x,
+    mask_y,
+    HEAD_DIM: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """x y^T (X, Y), unscaled, with the width in chunks: two chunks are on the chip, and nothing stays there."""
+    rows_x = offs_x.to(tl.int64)[:, None]
+    rows_y = offs_y.to(tl.int64)[:, None]
+    logits = tl.zeros([offs_x.shape[0], offs_y.shape[0]], tl.float32)
+    for start in tl.range(0, HEAD_DIM, CHUNK):
+        offs_d = start + tl.arange(0, CHUNK)[None, :]
+        mask_d = offs_d < HEAD_DIM
+        x = tl.load(x_ptr + rows_x * stride_n + offs_d, mask=mask_x[:, None] & mask_d, other=0.0)  # (X, chunk)
+        y = tl.load(y_ptr + rows_y * stride_n + offs_d, mask=mask_y[:, None] & mask_d, other=0.0)  # (Y, chunk)
+        logits = tl.dot(x, tl.trans(y), logits, input_precision=PRECISION)
+    return logits
 
 
 @triton.jit
@@ -50,6 +82,7 @@ def statistics_kernel(
     BLOCK_QUERIES: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
     NUM_STAGES: tl.constexpr,
+    WIDE: tl.constexpr,
     PRECISION_S: tl.constexpr,
     PRECISION_T: tl.constexpr,
     PTX: tl.constexpr,
@@ -64,19 +97,20 @@ def statistics_kernel(
     y_t_ptr += image * stride_t_b + head * stride_t_h + y_p * stride_t_p
 
     offs_q = tl.program_id(1).to(tl.int64) * BLOCK_QUERIES + tl.arange(0, BLOCK_QUERIES)
-    BLOCK_D_S: tl.constexpr = padded(HEAD_DIM_S)
-    BLOCK_D_T: tl.constexpr = padded(HEAD_DIM_T)
-    offs_d_s = tl.arange(0, BLOCK_D_S)
-    offs_d_t = tl.arange(0, BLOCK_D_T)
-    mask_d_s = (offs_d_s < HEAD_DIM_S)[None, :]
-    mask_d_t = (offs_d_t < HEAD_DIM_T)[None, :]
     mask_q = offs_q < length
-    x_s = tl.load(
-        x_s_ptr + offs_q[:, None] * stride_s_n + offs_d_s[None, :], mask=mask_q[:, None] & mask_d_s, other=0.0
-    )  # (queries, D_s)
-    x_t = tl.load(
-        x_t_ptr + offs_q[:, None] * stride_t_n + offs_d_t[None, :], mask=mask_q[:, None] & mask_d_t, other=0.0
-    )  # (queries, D_t)
+    if not WIDE:
+        BLOCK_D_S: tl.constexpr = padded(HEAD_DIM_S)
+        BLOCK_D_T: tl.constexpr = padded(HEAD_DIM_T)
+        offs_d_s = tl.arange(0, BLOCK_D_S)
+        offs_d_t = tl.arange(0, BLOCK_D_T)
+        mask_d_s = (offs_d_s < HEAD_DIM_S)[None, :]
+        mask_d_t = (offs_d_t < HEAD_DIM_T)[None, :]
+        x_s = tl.load(
+            x_s_ptr + offs_q[:, None] * stride_s_n + offs_d_s[None, :], mask=mask_q[:, None] & mask_d_s, other=0.0
+        )  # (queries, D_s)
+        x_t = tl.load(
+            x_t_ptr + offs_q[:, None] * stride_t_n + offs_d_t[None, :], mask=mask_q[:, None] & mask_d_t, other=0.0
+        )  # (queries, D_t)
     m_t = tl.full([BLOCK_QUERIES], MASKED, tl.float32)
     m_s = tl.full([BLOCK_QUERIES], MASKED, tl.float32)
     l_t = tl.zeros([BLOCK_QUERIES], tl.float32)
@@ -87,14 +121,20 @@ def statistics_kernel(
         offs_k = start + tl.arange(0, BLOCK_KEYS)
         mask_k = offs_k < length
         rows_k = offs_k.to(tl.int64)[:, None]
-        y_s = tl.load(
-            y_s_ptr + rows_k * stride_s_n + offs_d_s[None, :], mask=mask_k[:, None] & mask_d_s, other=0.0
-        )  # (keys, D_s)
-        y_t = tl.load(
-            y_t_ptr + rows_k * stride_t_n + offs_d_t[None, :], mask=mask_k[:, None] & mask_d_t, other=0.0
-        )  # (keys, D_t)
-        a = tl.dot(x_t, tl.trans(y_t), input_precision=PRECISION_T) * bits_t  # (queries, keys)
-        b = tl.dot(x_s, tl.trans(y_s), input_precision=PRECISION_S) * bits_s
+        if WIDE:
+            a = chunked_logits(x_t_ptr, y_t_ptr, stride_t_n, offs_q, offs_k, mask_q, mask_k, HEAD_DIM_T, PRECISION_T)
+            b = chunked_logits(x_s_ptr, y_s_ptr, stride_s_n, offs_q, offs_k, mask_q, mask_k, HEAD_DIM_S, PRECISION_S)
+            a *= bits_t  # (queries, keys)
+            b *= bits_s
+        else:
+            y_s = tl.load(
+                y_s_ptr + rows_k * stride_s_n + offs_d_s[None, :], mask=mask_k[:, None] & mask_d_s, other=0.0
+            )  # (keys, D_s)
+            y_t = tl.load(
+                y_t_ptr + rows_k * stride_t_n + offs_d_t[None, :], mask=mask_k[:, None] & mask_d_t, other=0.0
+            )  # (keys, D_t)
+            a = tl.dot(x_t, tl.trans(y_t), input_precision=PRECISION_T) * bits_t  # (queries, keys)
+            b = tl.dot(x_s, tl.trans(y_s), input_precision=PRECISION_S) * bits_s
         a = tl.where(mask_k[None, :], a, MASKED)
         b = tl.where(mask_k[None, :], b, MASKED)
         new_m_t = tl.maximum(m_t, tl.max(a, 1))
@@ -158,6 +198,8 @@ def gradient_kernel(
     BLOCK_OWN: tl.constexpr,
     BLOCK_OTHER: tl.constexpr,
     NUM_STAGES: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
     PRECISION_S: tl.constexpr,
     PRECISION_T: tl.constexpr,
     PTX: tl.constexpr,
@@ -165,7 +207,8 @@ def gradient_kernel(
 ):
     """d_own = scale_d * dS other_s; the own tokens are queries, or with OWN_KEYS the keys and dS is transposed.
 
-    With `weights`, row i of dS is multiplied by weights[i] * weight_scales.
+    With `weights`, row i of dS is multiplied by weights[i] * weight_scales. Of wide heads a program has some columns of
+    d_own, and computes all of dS for them.
     """
     pid = tl.program_id(0)
     image, head, x_p, y_p = locate(pid, num_heads, num_relations, projections)
@@ -189,29 +232,31 @@ def gradient_kernel(
     scale_d *= 1.0 / GAIN
 
     offs_own = tl.program_id(1).to(tl.int64) * BLOCK_OWN + tl.arange(0, BLOCK_OWN)
-    BLOCK_D_S: tl.constexpr = padded(HEAD_DIM_S)
-    BLOCK_D_T: tl.constexpr = padded(HEAD_DIM_T)
-    offs_d_s = tl.arange(0, BLOCK_D_S)
-    offs_d_t = tl.arange(0, BLOCK_D_T)
+    offs_d_s = tl.arange(0, BLOCK_COLUMNS)
+    if WIDE:
+        offs_d_s += tl.program_id(2) * BLOCK_COLUMNS
     mask_d_s = (offs_d_s < HEAD_DIM_S)[None, :]
-    mask_d_t = (offs_d_t < HEAD_DIM_T)[None, :]
     mask_own = offs_own < length
-    own_s = tl.load(
-        own_s_ptr + offs_own[:, None] * stride_s_n + offs_d_s[None, :],
-        mask=mask_own[:, None] & mask_d_s,
-        other=0.0,
-    )  # (own, D_s)
-    own_t = tl.load(
-        own_t_ptr + offs_own[:, None] * stride_t_n + offs_d_t[None, :],
-        mask=mask_own[:, None] & mask_d_t,
-        other=0.0,
-    )  # (own, D_t)
+    if not WIDE:
+        BLOCK_D_T: tl.constexpr = padded(HEAD_DIM_T)
+        offs_d_t = tl.arange(0, BLOCK_D_T)
+        mask_d_t = (offs_d_t < HEAD_DIM_T)[None, :]
+        own_s = tl.load(
+            own_s_ptr + offs_own[:, None] * stride_s_n + offs_d_s[None, :],
+            mask=mask_own[:, None] & mask_d_s,
+            other=0.0,
+        )  # (own, D_s)
+        own_t = tl.load(
+            own_t_ptr + offs_own[:, None] * stride_t_n + offs_d_t[None, :],
+            mask=mask_own[:, None] & mask_d_t,
+            other=0.0,
+        )  # (own, D_t)
     if not OWN_KEYS:
         m_t = tl.load(statistics_ptr + offs_own, mask=mask_own, other=0.0)[:, None]
         ratio = tl.load(statistics_ptr + num_tokens + offs_own, mask=mask_own, other=0.0)[:, None]
         m_s = tl.load(statistics_ptr + 2 * num_tokens + offs_own, mask=mask_own, other=0.0)[:, None]
         inverse_s = tl.load(statistics_ptr + 3 * num_tokens + offs_own, mask=mask_own, other=0.0)[:, None]
-    d_own = tl.zeros([BLOCK_OWN, BLOCK_D_S], tl.float32)
+    d_own = tl.zeros([BLOCK_OWN, BLOCK_COLUMNS], tl.float32)
 
     for start in tl.range(0, length, BLOCK_OTHER, num_stages=NUM_STAGES):
         offs_other = start + tl.arange(0, BLOCK_OTHER).to(tl.int64)
@@ -220,14 +265,24 @@ def gradient_kernel(
             other_s_ptr + offs_other[:, None] * stride_s_n + offs_d_s[None, :],
             mask=mask_other[:, None] & mask_d_s,
             other=0.0,
-        )  # (other, D_s)
-        other_t = tl.load(
-            other_t_ptr + offs_other[:, None] * stride_t_n + offs_d_t[None, :],
-            mask=mask_other[:, None] & mask_d_t,
-            other=0.0,
-        )  # (other, D_t)
-        a = tl.dot(own_t, tl.trans(other_t), input_precision=PRECISION_T) * bits_t  # (own, other)
-        b = tl.dot(own_s, tl.trans(other_s), input_precision=PRECISION_S) * bits_s
+        )  # (other, D_s), of wide heads some columns of it
+        if WIDE:
+            a = chunked_logits(
+                own_t_ptr, other_t_ptr, stride_t_n, offs_own, offs_other, mask_own, mask_other, HEAD_DIM_T, PRECISION_T
+            )
+            b = chunked_logits(
+                own_s_ptr, other_s_ptr, stride_s_n, offs_own, offs_other, mask_own, mask_other, HEAD_DIM_S, PRECISION_S
+            )
+            a *= bits_t  # (own, other)
+            b *= bits_s
+        else:
+            other_t = tl.load(
+                other_t_ptr + offs_other[:, None] * stride_t_n + offs_d_t[None, :],
+                mask=mask_other[:, None] & mask_d_t,
+                other=0.0,
+            )  # (other, D_t)
+            a = tl.dot(own_t, tl.trans(other_t), input_precision=PRECISION_T) * bits_t  # (own, other)
+            b = tl.dot(own_s, tl.trans(other_s), input_precision=PRECISION_S) * bits_s
         if OWN_KEYS:
             # Queries beyond the length have an inverse of 0, which makes their gradient 0.
             m_t = tl.load(statistics_ptr + offs_other, mask=mask_other, other=0.0)[None, :]
@@ -242,7 +297,7 @@ def gradient_kernel(
             a = tl.where(mask_other[None, :], a, MASKED)
             b = tl.where(mask_other[None, :], b, MASKED)
         d_logits = (exp2(b - m_s, PTX) - exp2(a - m_t, PTX) * ratio) * inverse_s
-        d_own = tl.dot((d_logits * GAIN).to(own_s.dtype), other_s, d_own, input_precision=PRECISION_S)
+        d_own = tl.dot((d_logits * GAIN).to(other_s.dtype), other_s, d_own, input_precision=PRECISION_S)
 
     d_own *= scale_d
     if weights_ptr is not None and not OWN_KEYS:
@@ -262,6 +317,10 @@ def launches(operands: Operands, tile: TiledTile) -> tuple[Tensor | None, list[L
     num_images, num_heads, num_tokens, _ = operands.x_s.shape
     num_programs = num_images * len(operands.relations) * num_heads
     grid = num_programs, triton.cdiv(num_tokens, tile.block_queries)
+    head_dim_s, head_dim_t = operands.x_s.shape[3], operands.x_t.shape[3]
+    wide = max(head_dim_s, head_dim_t) > WHOLE_WIDTH
+    num_columns = min(padded(head_dim_s), GRADIENT_BYTES // operands.x_s.element_size()) if wide else padded(head_dim_s)
+    gradient_grid = (*grid, triton.cdiv(head_dim_s, num_columns)) if wide else grid
     rows = operands.empty_rows()
     own_keys = [keys for keys, place in ((False, operands.d_x), (True, operands.d_y)) if place is not None]
     arguments = {
@@ -273,8 +332,10 @@ def launches(operands: Operands, tile: TiledTile) -> tuple[Tensor | None, list[L
         "BLOCK_OWN": tile.block_queries,
         "BLOCK_OTHER": tile.block_keys,
         "NUM_STAGES": tile.num_stages,
+        "WIDE": wide,
+        "BLOCK_COLUMNS": num_columns,
     }
     return None if rows is None else rows.transpose(0, 1), [
         launch(statistics_kernel, grid, arguments, tile.num_warps),
-        *(launch(gradient_kernel, grid, {**arguments, "OWN_KEYS": keys}, tile.num_warps) for keys in own_keys),
+        *(launch(gradient_kernel, gradient_grid, {**arguments, "OWN_KEYS": keys}, tile.num_warps) for keys in own_keys),
     ]

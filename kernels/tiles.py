@@ -63,6 +63,9 @@ class Problem:
     lengths: bool = False
 
 
+# Heads are whole on the chip up to this width; the tiled kernels take wider ones in chunks.
+WHOLE_WIDTH = 128
+
 # Measured choices, printed by benchmarks/tune_tiles.py. Empty: nothing was measured yet.
 TUNED: dict[Problem, SinglePassTile | TiledTile] = {}
 
@@ -116,8 +119,10 @@ def default(problem: Problem) -> SinglePassTile | TiledTile:
 
 def default_tiled(problem: Problem) -> TiledTile:
     """For rows that do not fit on the chip: compiles without spills, as `default`."""
-    wide = max(problem.head_dim_s, problem.head_dim_t) == 128
-    if problem.itemsize == 4:
+    wide = max(problem.head_dim_s, problem.head_dim_t) == WHOLE_WIDTH
+    if max(problem.head_dim_s, problem.head_dim_t) > WHOLE_WIDTH:
+        block_queries, block_keys, num_warps = (16, 16, 4) if problem.itemsize == 4 else (64, 32, 8)
+    elif problem.itemsize == 4:
         block_queries, block_keys, num_warps = 32, 16, 4
     elif problem.arch == "sm_100":
         block_queries, block_keys, num_warps = 128, 32, 8 if wide else 4
@@ -133,7 +138,12 @@ def default_tiled(problem: Problem) -> TiledTile:
 def fits_single_pass(problem: Problem, tile: SinglePassTile) -> bool:
     """Whether the keys of a head and the maps of a block of queries fit into registers and shared memory."""
     widest_s = 64 if problem.bucket < 256 or problem.arch in ROOMY else 32
-    if problem.bucket > 256 or problem.itemsize > 2 or problem.head_dim_s > widest_s:
+    if (
+        problem.bucket > 256
+        or problem.itemsize > 2
+        or problem.head_dim_s > widest_s
+        or problem.head_dim_t > WHOLE_WIDTH
+    ):
         return False
     widths = problem.head_dim_s + problem.head_dim_t
     maps = 1 if tile.key_groups == 1 else 2  # d_logits changes hands, once for each product
@@ -145,7 +155,7 @@ def fits_single_pass(problem: Problem, tile: SinglePassTile) -> bool:
 
 def candidates(problem: Problem) -> Iterator[SinglePassTile | TiledTile]:
     """The search space."""
-    if problem.bucket <= 256:
+    if problem.bucket <= 256 and max(problem.head_dim_s, problem.head_dim_t) <= WHOLE_WIDTH:
         for block_queries in (16, 32, 64):
             for num_warps in (1, 2, 4, 8):
                 elements = block_queries * problem.bucket // (32 * num_warps)  # of each map, in one thread

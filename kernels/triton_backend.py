@@ -18,7 +18,7 @@ from tinymim_fast.kernels.reference import projections
 Tile = tiles.SinglePassTile | tiles.TiledTile
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-MAX_HEAD_DIM = 128
+MAX_HEAD_DIM = 1024
 
 
 def _triton_version() -> tuple[int, ...] | None:

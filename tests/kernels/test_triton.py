@@ -60,6 +60,13 @@ LONG_SHAPES = [
     pytest.param((1, 1, 4097, 16, 64), id="1024-pixels"),
 ]
 
+WIDE_SHAPES = [
+    pytest.param((1, 1, 70, 192, 768), id="wide-student-of-a-wider-teacher"),
+    pytest.param((1, 2, 40, 16, 1024), id="narrow-student-of-the-widest-teacher"),
+    pytest.param((1, 1, 40, 1000, 130), id="several-shares-of-the-gradient-the-last-ragged"),
+    pytest.param((2, 1, 33, 129, 64), id="just-wide"),
+]
+
 
 def force(monkeypatch, kernel):
     """Whatever the shape, this kernel; tiles small enough that there are several."""
@@ -116,6 +123,33 @@ def test_long_shapes(shape, place, monkeypatch, assert_as_exact, poisoned):
         tile = tiles.TiledTile(block_queries=128, block_keys=128, num_warps=4)
         monkeypatch.setattr(triton_backend, "choose_tile", lambda operands: tile)
     assert_relation_kl_as_exact(assert_as_exact, on(place, inputs(shape)), place[1], "triton")
+
+
+@pytest.mark.parametrize("shape", WIDE_SHAPES)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_wide_heads(shape, reduction, place, assert_as_exact, poisoned):
+    tensors = on(place, inputs(shape))
+    for z in tensors:
+        z *= (16 / z.shape[3]) ** 0.25  # logits of order one, not of the square root of the width
+    assert_relation_kl_as_exact(assert_as_exact, tensors, place[1], "triton", reduction=reduction)
+
+
+def test_wide_heads_packed_with_lengths(place, assert_as_exact, poisoned):
+    """As LightlyTrain's relation: one head, softmax(F F^T / 0.07) of normalised features, padding in one image."""
+    features = [torch.nn.functional.normalize(z, dim=-1) for z in inputs((2, 1, 70, 200, 384))]
+    x_s, _, x_t, _ = on(place, features)
+    lengths = torch.tensor([70, 33], device=place[0])
+
+    def run(x_s, x_t, backend):
+        x_s = x_s.detach().requires_grad_()
+        scales = {"scale_s": 1 / 0.07, "scale_t": 1 / 0.07}
+        loss = relation_kl(x_s, x_s, x_t, x_t, lengths=lengths, backend=backend, **scales)
+        loss.backward()
+        return loss.detach(), x_s.grad
+
+    runs = run(x_s, x_t, "triton"), run(x_s, x_t, "reference"), run(x_s.double(), x_t.double(), "reference")
+    for name, dtype, *results in zip(("loss", "grad"), (torch.float32, place[1]), *runs):
+        assert_as_exact(name, *results, dtype)
 
 
 @pytest.mark.parametrize("reduction", ["sum", "none"])
@@ -467,8 +501,8 @@ def test_why_it_cannot_run(monkeypatch):
     monkeypatch.setattr(triton_backend, "INTERPRETED", True)
     with pytest.raises(ValueError, match=r"^backend: got 'triton', on torch.float64; it takes fp32, fp16 and bf16"):
         relation_kl(*(z.double() for z in tensors), backend="triton")
-    with pytest.raises(ValueError, match=r"^backend: got 'triton', on heads of width 129; it takes at most 128"):
-        relation_kl(*inputs((1, 1, 5, 129, 4)), backend="triton")
+    with pytest.raises(ValueError, match=r"^backend: got 'triton', on heads of width 1025; it takes at most 1024"):
+        relation_kl(*inputs((1, 1, 5, 1025, 4)), backend="triton")
     monkeypatch.setattr(triton_backend, "TRITON_VERSION", (3, 4))
     with pytest.raises(ValueError, match=r"^backend: got 'triton', but triton is 3.4; it needs at least 3.5"):
         relation_kl(*tensors, backend="triton")
