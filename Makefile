@@ -9,11 +9,11 @@ BIN    := $(VENV)/bin
 # folder of the results, DATA_PATH=DIR real images for the loading benchmark, PARTS="NAME ..." some parts of the summary.
 AS_IS       := $(if $(wildcard $(READY)),$(BIN)/python,$(PYTHON))
 GPU_MINUTES ?= 9
-# Processes of tests, one thread each: as many as cores, but no more than 4, since each needs 1 to 2 GiB.
-TEST_JOBS   ?= $(shell cores=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); echo $$((cores < 4 ? cores : 4)))
+# Processes of tests, one thread each: one more than cores, since tests of faults wait, but no more than 4: each needs 1 to 2 GiB.
+TEST_JOBS   ?= $(shell cores=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); echo $$((cores < 4 ? cores + 1 : 4)))
 OPTIONS     := $(if $(OUT),--output $(OUT)) $(if $(DATA_PATH),--data-path $(DATA_PATH)) $(if $(PARTS),--parts $(PARTS))
 
-.PHONY: demo test lint format bench gpu readme-tables clean
+.PHONY: demo test test-slow lint format bench gpu readme-tables clean
 
 $(READY): setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -25,7 +25,10 @@ demo: $(READY)
 	$(BIN)/python -m tinymim_fast.demo --output-dir demo-out
 
 test: lint
-	$(BIN)/python -m pytest -n $(TEST_JOBS) --dist worksteal
+	$(BIN)/python -m pytest -n $(TEST_JOBS) --dist worksteal -m "not slow"
+
+test-slow: $(READY)
+	$(BIN)/python -m pytest -n $(TEST_JOBS) --dist worksteal -m slow
 
 lint: $(READY)
 	$(BIN)/ruff check .

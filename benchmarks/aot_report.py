@@ -289,10 +289,11 @@ def rows_of(target: str, shape: tuple[int, int, int, str, str]) -> list[Row]:
     return rows
 
 
-def report(targets: list[str]) -> Iterator[Row]:
-    """All rows, in order, compiled in parallel."""
+def report(targets: list[str], num_tokens: list[int] | None = None, dtypes: list[str] | None = None) -> Iterator[Row]:
+    """The rows, in order, compiled in parallel; of some numbers of tokens and dtypes only, where these are given."""
+    shapes = [s for s in SHAPES if s[0] in (num_tokens or [s[0]]) and s[3] in (dtypes or [s[3]])]
     with ProcessPoolExecutor() as pool:
-        for rows in pool.map(rows_of, *zip(*product(targets, SHAPES))):
+        for rows in pool.map(rows_of, *zip(*product(targets, shapes))):
             yield from rows
 
 
@@ -301,6 +302,8 @@ def parse_args() -> argparse.Namespace:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=list(TARGETS))
+    parser.add_argument("--num-tokens", nargs="+", type=int, help="rows of these numbers of tokens only")
+    parser.add_argument("--dtypes", nargs="+", help="rows of these dtypes only")
     parser.add_argument("--output", type=Path, help="CSV; standard output if not given")
     return parser.parse_args()
 
@@ -313,7 +316,7 @@ def main() -> None:
     with args.output.open("w", newline="") if args.output else sys.stdout as file:
         writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
         writer.writeheader()
-        for row in report(args.targets):
+        for row in report(args.targets, args.num_tokens, args.dtypes):
             writer.writerow(asdict(row))
             file.flush()
 

@@ -17,7 +17,7 @@ from tinymim_fast.models.checkpoints import list_checkpoints
     "what was saved stays; the same command goes on, bitwise as if undisturbed",
     tries=8,
 )
-@pytest.mark.parametrize(("ranks", "count"), [(1, 5), (2, 3)])
+@pytest.mark.parametrize(("ranks", "count"), [(1, 5), pytest.param(2, 3, marks=pytest.mark.slow)])
 def test_kills_while_a_checkpoint_is_written(image_folder, teacher_file, tmp_path, ranks, count):
     """SIGKILL within 8 ms of the first byte of a checkpoint; the same command goes on as if nothing had happened."""
     changes = {"checkpoint_interval": 1, "epochs": 3, "zero_stage": 2}

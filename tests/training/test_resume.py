@@ -121,7 +121,10 @@ THREE = (3, 12, {"zero_stage": 1, "train_micro_batch_size_per_gpu": 1})
 
 @pytest.mark.parametrize(
     ("bf16", "parts"),
-    [("false", (TWO, ONE, THREE)), ("true", ((3, 2, THREE[2]), (1, 12, ONE[2])))],
+    [
+        ("false", (TWO, ONE, THREE)),
+        pytest.param("true", ((3, 2, THREE[2]), (1, 12, ONE[2])), marks=pytest.mark.slow),
+    ],
     ids=["fp32", "bf16"],
 )
 def test_a_run_continues_on_other_numbers_of_ranks(world, numbered_images, teacher_file, tmp_path, bf16, parts):
