@@ -65,7 +65,6 @@ def test_the_heads_of_the_blocks_before_change_the_loss(uneven, world, image_fol
 
 def test_a_stopped_run_of_uneven_heads_continues_bitwise(uneven, world, image_folder, teacher_file, tmp_path):
     flags = uneven_flags(image_folder, teacher_file, tmp_path / "run", checkpoint_interval=2, checkpoint_hist=9)
-    flags.append("--verify-checkpoints=false")  # a file that somebody changed on purpose
     with pytest.raises(Stopped):
         distil(world, *flags, build_task=stopping(distill.build_task, 3))
     distil(world, *flags)
@@ -76,6 +75,7 @@ def test_a_stopped_run_of_uneven_heads_continues_bitwise(uneven, world, image_fo
 def test_a_checkpoint_of_other_heads_is_not_continued(uneven, world, image_folder, teacher_file, tmp_path):
     """One whose file says other numbers than the configuration beside it builds."""
     flags = uneven_flags(image_folder, teacher_file, tmp_path / "run", checkpoint_interval=2, checkpoint_hist=9)
+    flags.append("--verify-checkpoints=false")  # a file that somebody changed on purpose
     with pytest.raises(Stopped):
         distil(world, *flags, build_task=stopping(distill.build_task, 3))
     path = find_weights(latest_checkpoint(tmp_path / "run"))
