@@ -19,8 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 # A checkout needs no installation; where one is installed, that is what is measured.
 sys.path.append(str(Path(__file__).parent.parent))
 
-# Roundings of the dtype that no computation avoids, relative to the largest entry of the exact result; as in the tests.
-FLOORS = {torch.float64: 1e-14, torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+from tinymim_fast.kernels.reference import FLOORS
 
 # What `status` of a row may be; only "ok" comes with numbers.
 OK, OUT_OF_MEMORY, FAILED_GATE, NOT_AVAILABLE = "ok", "out of memory", "failed gate", "not available"

@@ -6,10 +6,7 @@ import torch
 from torch import Tensor
 
 from tinymim_fast.kernels import cpu, triton_backend
-
-# Roundings of the result that no computation in the dtype can avoid: relative to the largest exact entry.
-# Half-precision gradients are rounded twice, when stored and when multiplied by the upstream gradient.
-FLOORS = {torch.float64: 1e-14, torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+from tinymim_fast.kernels.reference import FLOORS
 
 
 def _assert_as_exact(name: str, ours: Tensor, pytorch: Tensor, exact: Tensor, dtype: torch.dtype) -> None:

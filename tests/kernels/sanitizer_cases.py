@@ -12,9 +12,10 @@ import sys
 import torch
 
 from tinymim_fast.kernels import relation_kl, relation_loss
+from tinymim_fast.kernels.reference import FLOORS
 
-# Roundings of a gradient in its dtype, relative to its largest entry.
-FLOORS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+# How many floors a gradient may err: no eager PyTorch is at hand to compare with.
+NUM_FLOORS = {torch.float32: 20, torch.float16: 4, torch.bfloat16: 4}
 # (N, D_s, D_t): one block of queries, several and the last ragged, more tokens than a single pass takes.
 SHAPES = [(17, 12, 24), (197, 16, 64), (197, 64, 64), (300, 32, 64)]
 
@@ -57,7 +58,7 @@ def main() -> None:
     if device == "cuda" and not torch.cuda.is_available():
         sys.exit("sanitizer_cases: got no GPU, want one, or --device cpu with TRITON_INTERPRET=1")
     # The interpreter's bf16 products are wrong.
-    dtypes = [dtype for dtype in FLOORS if device == "cuda" or dtype != torch.bfloat16]
+    dtypes = [dtype for dtype in NUM_FLOORS if device == "cuda" or dtype != torch.bfloat16]
     for num_tokens, head_dim_s, head_dim_t in SHAPES:
         for dtype in dtypes:
             head_dims = head_dim_s, head_dim_t
@@ -67,7 +68,7 @@ def main() -> None:
                 exact = loss_and_grad(function, qkv_s.double(), qkv_t.double(), "reference")
                 errors = [((a.double() - e).abs().max() / e.abs().max()).item() for a, e in zip(ours, exact)]
                 name = f"{function.__name__} N={num_tokens} D_s={head_dim_s} D_t={head_dim_t} {dtype}"
-                if not (errors[0] <= 1e-5 and errors[1] <= 2 * FLOORS[dtype]):
+                if not (errors[0] <= 1e-5 and errors[1] <= NUM_FLOORS[dtype] * FLOORS[dtype]):
                     sys.exit(f"{name}: loss and gradient errors are {errors}")
                 print(f"{name}: right", flush=True)
 
