@@ -14,6 +14,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -22,6 +23,10 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import machine
+
+sys.path.append(str(Path(__file__).parent.parent))  # a checkout needs no installation
+
+from tinymim_fast.files import write_text
 
 ROOT = Path(__file__).parent.parent
 MIN_PART_S = 15  # less is not worth starting: importing torch and compiling the first kernel take that long
@@ -110,7 +115,7 @@ def is_installed(module: str) -> bool:
 def run(parts: Sequence[Part], found: dict, folder: Path, seconds: float) -> tuple[list[Result], int]:
     """Runs the parts in order within `seconds`; their results, and the signal that stopped them or 0."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "environment.json").write_text(json.dumps(found, indent=1) + "\n")
+    write_text(folder / "environment.json", json.dumps(found, indent=1) + "\n")
     earlier = earlier_parts(folder, found)
     deadline = time.monotonic() + seconds
     results: list[Result] = []
@@ -230,9 +235,7 @@ def write_summary(folder: Path, results: list[Result], found: dict, earlier: dic
         "sources_sha256": found["sources_sha256"],
         "parts": list(parts.values()),
     }
-    unfinished = folder / "summary.json.tmp"
-    unfinished.write_text(json.dumps(whole, indent=1) + "\n")
-    unfinished.replace(folder / "summary.json")
+    write_text(folder / "summary.json", json.dumps(whole, indent=1) + "\n")
 
 
 def _device(found: dict) -> str:

@@ -76,9 +76,8 @@ def relation_kl(
 ) -> Tensor | None:
     """As chunked.relation_kl, of tensors that it `takes`.
 
-    Memory: a thread holds one head's projections, their transposes and 32 rows of both maps. Deterministic, whatever
-        the
-    number of threads; heads are shared out among them.
+    Memory: a thread holds one head's projections, their transposes and 32 rows of both maps. Deterministic,
+        whatever the number of threads; heads are shared out among them.
     """
     return _call(_library(), x_s, y_s, x_t, y_t, scale_s, scale_t, lengths, row_weights, d_x, d_y)
 

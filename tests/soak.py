@@ -2,8 +2,7 @@
 
 python tests/soak.py [--kills 100] [--record FILE.csv]
 
-Prints a line for each kind of fault and appends it to FILE: what was tried, how often, and how often it failed. Takes
-about a quarter of an hour on two quiet cores.
+Prints a line for each kind of fault and appends it to FILE: what was tried, how often, and how often it failed.
 """
 
 from __future__ import annotations

@@ -76,7 +76,7 @@ class RunConfig:
         on_nonfinite: "stop" ends the run where a loss or weight is NaN or infinite; "skip" looks at each step's
             gradient, which waits for the device, and leaves such a step out.
         max_nonfinite: steps that "skip" may leave out in a whole run; one more ends it.
-        verify_checkpoints: compare a checkpoint with its checksums before going on from it, at 1 to 2 s a GB.
+        verify_checkpoints: compare a checkpoint with its checksums before going on from it; reads it twice.
         max_time: minutes from the program's start after which the run saves and stops with code 75; 0: none.
         max_wait: minutes that one micro-batch may be waited for, after which the run ends with code 75; 0: any time.
         resume: "auto" continues what `output_dir` holds; "none" starts anew and refuses a folder with checkpoints.

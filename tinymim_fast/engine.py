@@ -10,7 +10,6 @@ import gc
 import io
 import json
 import logging
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -285,7 +284,7 @@ class Engine:
 
 
 def save_state(folder: Path, state: Mapping[str, torch.Tensor], client_state: Mapping[str, Any]) -> None:
-    """`folder/optimizer.safetensors`, synced to disk.
+    """`folder/optimizer.safetensors`, for `files.whole_folder` to sync.
 
     Args:
         folder: exists.
@@ -294,8 +293,6 @@ def save_state(folder: Path, state: Mapping[str, torch.Tensor], client_state: Ma
     """
     path = folder / STATE
     safetensors.torch.save_file(dict(state), path, {"format": "pt", "client_state": json.dumps(client_state)})
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
 
 
 def _leave_gradients_on_the_device() -> None:

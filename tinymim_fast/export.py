@@ -66,9 +66,8 @@ def export(
                 data_config={**asdict(expects), "input_size": (3, img_size, img_size)},
             )
             _correct(temporary / TIMM_CONFIG, info.architecture, heads)
-            save_weights(
-                temporary, vit.state_dict(), info
-            )  # the same weights, with the description in the file as well
+            # the same weights, with the description in the file as well
+            save_weights(temporary, vit.state_dict(), info)
     except OSError as error:
         raise InputError(f"{out}: can't be written: {error}", argument="out") from error
     return len(set(heads)) == 1

@@ -121,7 +121,7 @@ def test_the_loss_is_the_formula_of_uneven_models(uneven, teacher_file, image_fo
         )
         want = want + (log_t.exp() * (log_t - log_s)).sum(-1).mean()
     got = RelationLoss(heads, relations=("qk", "vv"), backend="reference")(qkv_s, qkv_t)["loss"]
-    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(got, want, rtol=1e-10, atol=0)
 
 
 HYBRID = {

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -42,12 +41,10 @@ NOT_ENCODER = ("decoder_", "mask_token", *NOT_NEEDED)
 
 
 def save_weights(folder: Path, state: Mapping[str, torch.Tensor], info: ModelInfo) -> None:
-    """`folder/model.safetensors`, synced to disk."""
+    """`folder/model.safetensors`, for `files.whole_folder` to sync."""
     path = folder / WEIGHTS
     tensors = {k: v.detach().to("cpu").contiguous() for k, v in state.items()}
     safetensors.torch.save_file(tensors, path, {"format": "pt", METADATA_KEY: json.dumps(asdict(info))})
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:

@@ -153,10 +153,7 @@ def train(
                 progress.add(train_step(micro_batches), lr)  # queued: the host runs ahead of the device
                 step += 1
                 stop.now("training")
-                if not engine.step_applied:  # on no rank
-                    if config.on_nonfinite == "stop":
-                        progress.look()  # says so if a loss was to blame
-                        raise NonFiniteLossError(f"the gradient is not finite at step {step}, which changed nothing")
+                if not engine.step_applied:  # on no rank; with on_nonfinite "skip" alone
                     progress.skip()
                     if progress.num_skipped > config.max_nonfinite:
                         raise NonFiniteLossError(
