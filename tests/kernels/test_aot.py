@@ -17,7 +17,7 @@ REPORT = ROOT / "benchmarks" / "aot_report.py"
 # At N=197, D_t=64, by D_s: microseconds in which an H200 issues one relation's instructions at B=256, H=12.
 ISSUE_US = {16: 115, 32: 125, 64: 150}
 # What the shipped tiles take by the simulation's middle latencies: QK and VV with gradients, and one relation without.
-SIMULATED_US = {16: (545, 165), 32: (660, 165), 64: (815, 175)}
+SIMULATED_US = {16: (410, 155), 32: (585, 155), 64: (805, 170)}
 # Dwords that the shipped tiles of sm_90 spill, at most, where two blocks an SM on four warps pay for it in the
 # simulation with all spills in L2; benchmarks/NOTES.md has the figures. Everything else spills nothing.
 SPILLS = {
