@@ -37,6 +37,7 @@ from torch import nn
 
 from tinymim_fast.distributed import World, complete_environment, join, seed_rank
 from tinymim_fast.errors import InputError
+from tinymim_fast.random_streams import RandomStreams, random_states, set_random_states
 
 STATE = "optimizer.safetensors"
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, by their names in PyTorch
@@ -106,6 +107,7 @@ class Engine:
         opt_betas: AdamW's.
         lr_scale: factors on the learning rate by parameter's name; 1 for those that are not named.
         seed: of the random numbers of a continuation whose own can't be restored.
+        streams: random numbers beside PyTorch's own that its state holds.
         regions: modules of `model` that are compiled: ZeRO-3 gathers the weights of one at once, no hooks inside.
 
     `forward` takes what the model's forward takes; floating-point inputs in `dtype`.
@@ -127,12 +129,14 @@ class Engine:
         opt_betas: tuple[float, float] = (0.9, 0.95),
         lr_scale: Mapping[str, float] | None = None,
         seed: int = 0,
+        streams: RandomStreams | None = None,
         regions: Iterable[nn.Module] = (),
     ):
         half = ds_config["bf16"]["enabled"] or ds_config.get("torch_autocast", {}).get("enabled", False)
         self.world = world
         self.dtype = torch.bfloat16 if half else torch.float32
         self._seed = seed
+        self._streams = streams or RandomStreams(world.device)
         self._lr_at = lr_at
         self._trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._shapes = {name: p.shape for name, p in self._trained.items()}
@@ -223,7 +227,8 @@ class Engine:
                     full = self._adamw.state[parameter][moment]
                 if self.world.is_main:
                     state[f"{moment}.{name}"] = full.detach().cpu()
-        for rank, random in enumerate(self.world.gather(_random_states(self.world.device))):
+        mine = {**random_states(self.world.device), **self._streams.states()}
+        for rank, random in enumerate(self.world.gather(mine)):
             state.update({f"random_{kind}.{rank}": tensor for kind, tensor in random.items()})
         return state
 
@@ -292,14 +297,19 @@ class Engine:
             zero._lazy_init_hp_params_optimizer_state()
 
     def _restore_random_states(self, saved: Mapping[str, torch.Tensor], step: int) -> None:
-        kinds = _random_states(self.world.device)
-        wanted = {f"random_{kind}.{rank}" for kind in kinds for rank in range(self.world.world_size)}
-        if wanted != set(saved):
+        mine, ranks = {}, set()
+        for key, state in saved.items():
+            kind, _, rank = key.removeprefix("random_").rpartition(".")
+            ranks.add(int(rank))
+            if int(rank) == self.world.rank:
+                mine[kind] = state
+        kinds = random_states(self.world.device).keys()
+        own = {kind: mine.pop(kind) for kind in tuple(mine) if "." not in kind}
+        if own.keys() != kinds or ranks != set(range(self.world.world_size)):
             seed_rank(self._seed, step, self.world.rank)
             return
-        torch.set_rng_state(saved[f"random_cpu.{self.world.rank}"])
-        if "cuda" in kinds:
-            torch.cuda.set_rng_state(saved[f"random_cuda.{self.world.rank}"], self.world.device)
+        set_random_states(own, self.world.device)
+        self._streams.restore(mine)
 
 
 def save_state(folder: Path, state: Mapping[str, torch.Tensor], client_state: Mapping[str, Any]) -> None:
@@ -348,10 +358,3 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         gc.unfreeze()
-
-
-def _random_states(device: torch.device) -> dict[str, torch.Tensor]:
-    states = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state(device)
-    return states

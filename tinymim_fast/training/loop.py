@@ -112,6 +112,7 @@ def train(
                 opt_betas=config.opt_betas,
                 lr_scale=task.lr_scale,
                 seed=config.seed,
+                streams=task.streams,
                 regions=regions,
             )
         step, total_steps, num_skipped = 0, steps_per_epoch * config.epochs, 0

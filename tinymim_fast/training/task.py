@@ -13,6 +13,7 @@ from tinymim_fast.config import RunConfig
 from tinymim_fast.data.views import TrainView
 from tinymim_fast.distributed import World
 from tinymim_fast.models.model_info import ModelInfo
+from tinymim_fast.random_streams import RandomStreams
 
 Views = tuple[torch.Tensor, ...]
 
@@ -31,6 +32,7 @@ class Task:
         info: what the weights file says of itself; `step` and `epoch` are filled in.
         regions: modules, in `model` or called by `prepare`, that are compiled one by one where compiling is wanted.
         lr_scale: factors on the learning rate by name in `model`, as timm's `lr_scale`; 1 for those not named.
+        streams: random numbers beside PyTorch's own, which a continued run goes on with.
         kept: what a continued run must find unchanged, beside configuration and images: for each field of the
             configuration that names a file, which it was, as JSON can hold it.
     """
@@ -43,6 +45,7 @@ class Task:
     info: ModelInfo
     regions: tuple[nn.Module, ...] = ()
     lr_scale: Mapping[str, float] = field(default_factory=dict)
+    streams: RandomStreams | None = None
     kept: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
