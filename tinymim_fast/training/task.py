@@ -30,6 +30,7 @@ class Task:
         weights: the whole model's fp32 state in timm's names, from the engine's trained one.
         info: what the weights file says of itself; `step` and `epoch` are filled in.
         regions: modules, in `model` or called by `prepare`, that are compiled one by one where compiling is wanted.
+        lr_scale: factors on the learning rate by name in `model`, as timm's `lr_scale`; 1 for those not named.
         kept: what a continued run must find unchanged, beside configuration and images: for each field of the
             configuration that names a file, which it was, as JSON can hold it.
     """
@@ -41,6 +42,7 @@ class Task:
     weights: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
     info: ModelInfo
     regions: tuple[nn.Module, ...] = ()
+    lr_scale: Mapping[str, float] = field(default_factory=dict)
     kept: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
