@@ -59,12 +59,15 @@ def batches(
         return (_train_graph if isinstance(plan, TrainPlan) else _eval_graph)(
             source=source,
             plan=plan,
-            normalize={
-                "mean": [255 * m for m in plan.view.mean],
-                "std": [255 * s for s in plan.view.std],
-                "output_layout": "CHW",
-                "dtype": _DTYPES[plan.view.dtype],
-            },
+            normalize=[
+                {
+                    "mean": [255 * m for m in mean],
+                    "std": [255 * s for s in std],
+                    "output_layout": "CHW",
+                    "dtype": _DTYPES[plan.view.dtype],
+                }
+                for mean, std in plan.view.normalisations
+            ],
             decoder={**_DECODE_OPTIONS, "device": "mixed" if is_gpu else "cpu", **decoder},
             threads=None if is_gpu else threads,
             device_id=device.index if is_gpu else None,
@@ -217,17 +220,19 @@ def _saturate_on_cpu(image: np.ndarray, factor: np.ndarray) -> np.ndarray:
 def _train_graph(
     source: Iterable,
     plan: TrainPlan,
-    normalize: dict,
+    normalize: Sequence[dict],
     decoder: dict,
     threads: Readers | None,
 ):
     num_parameters = 3 + (2 * _NUM_STAGES if plan.view.num_views == 2 else 0)
     encoded, size, start, shape, flip, *jitter = _inputs(source, num_parameters)
-    image = _decode_crop(encoded, size, start, shape, decoder)
-    image = _resize(image, types.Constant(np.full(2, plan.view.img_size, dtype=np.float32)), threads)
-    teacher_view = fn.crop_mirror_normalize(image, mirror=flip, **normalize)
+    crop, sizes = _decode_crop(encoded, size, start, shape, decoder), plan.view.sizes
+    image = _resize(crop, types.Constant(np.full(2, sizes[0], dtype=np.float32)), threads)
+    teacher_view = fn.crop_mirror_normalize(image, mirror=flip, **normalize[0])
     if plan.view.num_views == 1:
         return teacher_view
+    if sizes[1] != sizes[0]:
+        image = _resize(crop, types.Constant(np.full(2, sizes[1], dtype=np.float32)), threads)
     for order, factor in zip(jitter[:_NUM_STAGES], jitter[_NUM_STAGES:]):
         # a condition on a per-sample value splits the batch, so each sample pays for its own operation only
         if order == BRIGHTNESS:
@@ -242,14 +247,14 @@ def _train_graph(
             )
         else:
             image = _saturate(image, factor, threads)
-    return teacher_view, fn.crop_mirror_normalize(image, mirror=flip, **normalize)
+    return teacher_view, fn.crop_mirror_normalize(image, mirror=flip, **normalize[1])
 
 
 @pipeline_def
 def _eval_graph(
     source: Iterable,
     plan: EvalPlan,
-    normalize: dict,
+    normalize: Sequence[dict],
     decoder: dict,
     threads: Readers | None,
 ):
@@ -257,4 +262,4 @@ def _eval_graph(
     image = _decode_crop(encoded, size, start, shape, decoder)
     image = _resize(image, resized, threads)
     image = fn.slice(image, start=anchor, shape=[plan.view.img_size, plan.view.img_size], axes=[0, 1])
-    return fn.crop_mirror_normalize(image, **normalize)
+    return fn.crop_mirror_normalize(image, **normalize[0])

@@ -77,8 +77,8 @@ class TrainLoader(_Loader):
         """Micro-batches of the optimizer steps start_step .. start_step + num_steps - 1, counted across epochs.
 
         Returns:
-            Iterator of accumulation_steps * num_steps tuples of `view.num_views` tensors (B, 3, S, S) on the
-            loader's device: (teacher_view, student_view), or (view,). Same step, same values, whatever the
+            Iterator of accumulation_steps * num_steps tuples of tensors (B, 3, S, S) on the loader's device, S by
+            `view.sizes`: (teacher_view, student_view), or (view,). Same step, same values, whatever the
             start. Prefetching goes on over the ends of epochs.
 
         Raises:
