@@ -35,9 +35,9 @@ from deepspeed.utils import (
 )
 from torch import nn
 
-from tinymim_fast.distributed import World, complete_environment, join, seed_rank
+from tinymim_fast.distributed import World, complete_environment, join, random_states, seed_rank, set_random_states
 from tinymim_fast.errors import InputError
-from tinymim_fast.random_streams import RandomStreams, random_states, set_random_states
+from tinymim_fast.random_streams import RandomStreams
 
 STATE = "optimizer.safetensors"
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, by their names in PyTorch

@@ -8,20 +8,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-
-def random_states(device: torch.device) -> dict[str, torch.Tensor]:
-    """PyTorch's own random states, "cpu" and for a GPU "cuda"."""
-    states = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state(device)
-    return states
-
-
-def set_random_states(states: Mapping[str, torch.Tensor], device: torch.device) -> None:
-    """Put back what `random_states` gave."""
-    torch.set_rng_state(states["cpu"])
-    if "cuda" in states:
-        torch.cuda.set_rng_state(states["cuda"], device)
+from tinymim_fast.distributed import random_states, set_random_states
 
 
 class RandomStreams:

@@ -15,6 +15,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import safetensors.torch
 import timm
 import torch
@@ -101,6 +102,21 @@ def read_weights(source: Path) -> tuple[dict[str, torch.Tensor], ModelInfo | Non
     return content.tensors, _described(content, path)
 
 
+def describe(source: Path) -> ModelInfo | None:
+    """What `read_weights` gives, without the weights.
+
+    Raises:
+        InputError: see `read_weights`.
+    """
+    path = find_weights(source)
+    try:
+        with safetensors.safe_open(path, framework="np") as file:
+            text = (file.metadata() or {}).get(METADATA_KEY)
+    except (OSError, safetensors.SafetensorError):
+        return read_weights(path)[1]  # which says what is wrong, or reads another format
+    return None if text is None else ModelInfo.from_json(text, path)
+
+
 def load_encoder(
     source: str,
     *,
@@ -108,6 +124,7 @@ def load_encoder(
     model_kwargs: Mapping[str, Any] | None = None,
     img_size: int | None = None,
     key: str | None = None,
+    whole: bool = False,
 ) -> tuple[VisionTransformer, ModelInfo]:
     """A whole encoder with its weights, fp32 on the CPU, and what it is.
 
@@ -120,6 +137,7 @@ def load_encoder(
             file's.
         key: of several models in one file, the one below this key; of several students of one run, the one of this
             name.
+        whole: also what lies behind the blocks, final norm and classifier, must be in the file.
 
     Raises:
         InputError: unreadable, weights of another architecture (names the first key that differs and both shapes),
@@ -151,7 +169,7 @@ def load_encoder(
             shape_of = create_vit(info.architecture, **kwargs)
     check_heads(shape_of, info.head_layout.get("num_heads", []), source)
     resized = img_size is not None or "img_size" in asked
-    _fit(shape_of, state, source=source, name=info.architecture, resize=resized)
+    _fit(shape_of, state, source=source, name=info.architecture, resize=resized, whole=whole)
     check_finite(state, path)
     vit = create_vit(info.architecture, **kwargs)
     load_state(vit, state, source=source, name=info.architecture)
@@ -203,7 +221,13 @@ def load_state(vit: VisionTransformer, state: Mapping[str, torch.Tensor], *, sou
 
 
 def _fit(
-    vit: VisionTransformer, state: Mapping[str, torch.Tensor], *, source: str, name: str, resize: bool = True
+    vit: VisionTransformer,
+    state: Mapping[str, torch.Tensor],
+    *,
+    source: str,
+    name: str,
+    resize: bool = True,
+    whole: bool = False,
 ) -> dict[str, torch.Tensor]:
     """What of `state` goes into `vit`, position embeddings resampled with `resize`; raises where it doesn't fit."""
 
@@ -216,7 +240,7 @@ def _fit(
     if resize and embed is not None and "pos_embed" in wanted and embed.shape != wanted["pos_embed"].shape:
         state["pos_embed"] = _resample(embed, vit)
     for key, tensor in wanted.items():
-        if key not in state and not key.startswith(NOT_NEEDED):
+        if key not in state and (whole or not key.startswith(NOT_NEEDED)):
             raise refused(f"it lacks {key}, {tuple(tensor.shape)}")
         if key in state and state[key].shape != tensor.shape:
             raise refused(f"{key} is {tuple(state[key].shape)} in the file, {tuple(tensor.shape)} in the model")

@@ -27,6 +27,7 @@ class ModelInfo:
         preprocessing: fields of `Preprocessing`, where the recipe does not say them.
         students: of several students of one run, each one's architecture, model_kwargs and head_layout by its name;
             its weights lie behind "student.NAME.". Above stand the first one's.
+        teacher_preprocessing: of a distilled student, how its teacher's images were made; None: as the recipe says.
     """
 
     architecture: str
@@ -38,6 +39,7 @@ class ModelInfo:
     epoch: float = 0.0
     preprocessing: dict[str, Any] | None = None
     students: dict[str, dict[str, Any]] = field(default_factory=dict)
+    teacher_preprocessing: dict[str, Any] | None = None
 
     @property
     def expects(self) -> Preprocessing | None:
@@ -61,6 +63,11 @@ class ModelInfo:
                 f"{got}{path} holds the students {', '.join(map(shown, self.students))}; say which", argument="key"
             )
         return replace(self, students={}, **known)
+
+    @property
+    def teacher_expects(self) -> Preprocessing | None:
+        """How a distilled student's teacher got its images; None where nothing says it."""
+        return Preprocessing.from_config(self.teacher_preprocessing or self.recipe, self.architecture)
 
     @classmethod
     def from_json(cls, text: str, path: object) -> ModelInfo:
@@ -99,13 +106,14 @@ class ModelInfo:
             raise InputError(f"{path}: its description has a head_layout that can't be", argument="source")
         if info.recipe.get("student_pos_embed", "sincos") not in ("sincos", "learn"):
             raise InputError(f"{path}: its recipe has a student_pos_embed that can't be", argument="source")
-        Preprocessing.from_config(info.preprocessing or info.recipe, path)
         for name, student in info.students.items():
             if not isinstance(student, dict) or student.keys() != {"architecture", "model_kwargs", "head_layout"}:
                 raise InputError(
                     f"{path}: its description has a student {shown(name)} that can't be", argument="source"
                 )
             cls.from_dict({**found, "students": {}, **student}, path)
+        for config in (info.preprocessing or info.recipe, info.teacher_preprocessing):
+            Preprocessing.from_config(config, path)
         return info
 
 
@@ -119,6 +127,7 @@ INFO_TYPES: dict[str, Any] = {
     "epoch": (int, float),
     "preprocessing": (dict, type(None)),
     "students": dict,
+    "teacher_preprocessing": (dict, type(None)),
 }
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import logging
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,9 @@ from timm.models.vision_transformer import VisionTransformer
 from tinymim_fast.config import to_dict
 from tinymim_fast.errors import flags
 from tinymim_fast.models.checkpoints import restore
+from tinymim_fast.models.masking import num_visible
 from tinymim_fast.models.model_info import ModelInfo
+from tinymim_fast.models.preprocessing import Preprocessing
 from tinymim_fast.models.vit import (
     create_vit,
     default_target_block,
@@ -31,7 +33,6 @@ from tinymim_fast.training.task import saved_buffers, without_prefix
 if TYPE_CHECKING:
     from tinymim_fast.tasks.distill import DistillConfig
 
-logger = logging.getLogger("tinymim_fast")
 PREFIX = "student.model."  # of a student's weights in its `Distiller`
 
 
@@ -41,7 +42,7 @@ def complete_targets(
     mask_ratio: float,
     vit: VisionTransformer,
     teacher: VisionTransformer,
-    teacher_info: ModelInfo,
+    layout: Mapping[str, Any],
 ) -> list[TargetSettings]:
     """A student's targets with the blocks and heads that the recipe leaves open.
 
@@ -49,7 +50,8 @@ def complete_targets(
         student: what the recipe says, in the place `where`.
         mask_ratio: of the run.
         vit: the student as built.
-        teacher, teacher_info: from `load_teacher`.
+        teacher: as built.
+        layout: the teacher's `ModelInfo.head_layout`.
 
     Raises:
         InputError: a block that a model doesn't have; its argument is the key.
@@ -63,12 +65,14 @@ def complete_targets(
         if isinstance(settings, Relations) and settings.heads is None:
             # A student of this package reproduced relations of so many heads in its last block; as a teacher it offers
             # those.
-            offered = teacher_info.head_layout.get("relation_heads")
-            first = settings.teacher_block[0] if isinstance(settings.teacher_block, tuple) else settings.teacher_block
-            heads = student.relation_heads or offered or teacher.blocks[first - 1].attn.num_heads
-            settings = replace(settings, heads=heads)
+            own = teacher.blocks[_first(settings.teacher_block) - 1].attn.num_heads
+            settings = replace(settings, heads=student.relation_heads or layout.get("relation_heads") or own)
         completed.append(settings)
     return completed
+
+
+def _first(block: int | tuple[int, ...]) -> int:
+    return block[0] if isinstance(block, tuple) else block
 
 
 def _keys(settings: TargetSettings, where: str, number: int) -> dict[str, str]:
@@ -99,6 +103,12 @@ class BuiltStudent:
     info: dict[str, Any]
     lr_scale: float
 
+    def __str__(self) -> str:
+        layout = self.info["head_layout"]
+        relations = f", relations of block {layout['teacher_block']}" if "teacher_block" in layout else ""
+        heads = f" in {layout['relation_heads']} heads" if relations else ""
+        return f"{self.info['architecture']}, {', '.join(self.distiller.targets)}{relations}{heads}"
+
     @property
     def in_engine(self) -> str:
         """What stands before its names under the engine."""
@@ -117,20 +127,37 @@ class BuiltStudent:
         return state if self.name is None else {f"student.{self.name}.{name}": t for name, t in state.items()}
 
 
-def build_student(
+def build_students(
+    config: DistillConfig, teacher: VisionTransformer, layout: Mapping[str, Any], checkpoint: Path | None = None
+) -> list[BuiltStudent]:
+    """The students of a run; under `torch.device("meta")` without memory, which shows whether they fit a teacher.
+
+    Args:
+        config: of the run.
+        teacher: its shapes are read.
+        layout: its `ModelInfo.head_layout`.
+        checkpoint: to take the students' weights from; None for fresh ones, of each from the random numbers of the
+            seed.
+
+    Raises:
+        InputError: a model or checkpoint that can't be used, or models that don't fit each other.
+    """
+    visible = num_visible(config.mask_ratio, teacher.patch_embed.num_patches) if config.mask_ratio else None
+    return [
+        _build_student(config, where, student, teacher, layout, visible, checkpoint)
+        for where, student in config.each_student
+    ]
+
+
+def _build_student(
     config: DistillConfig,
     where: str,
     student: StudentConfig,
     teacher: VisionTransformer,
-    teacher_info: ModelInfo,
-    num_visible: int | None,
+    layout: Mapping[str, Any],
+    visible: int | None,
     checkpoint: Path | None,
 ) -> BuiltStudent:
-    """One of `config.each_student`, from the random numbers that it would have alone.
-
-    Raises:
-        InputError: see `build_task`.
-    """
     torch.manual_seed(config.seed)
     saved = {}
     names = {key: f"{where}{key}" for key in FLAGS} if where else FLAGS
@@ -141,40 +168,41 @@ def build_student(
         keep_batch_norm_fp32(vit)
         if checkpoint is not None:
             saved = restore(vit, checkpoint, student=student.name)
-        if num_visible is not None:
+        if visible is not None:
             check_patches(vit, teacher)
     initial = {name: tensor.detach().clone() for name, tensor in vit.state_dict().items()}
 
-    completed = complete_targets(student, where, config.mask_ratio, vit, teacher, teacher_info)
+    completed = complete_targets(student, where, config.mask_ratio, vit, teacher, layout)
     targets = []
     for number, settings in enumerate(completed):
         with flags(**_keys(settings, where, number)):
             targets.append(build_target(settings, vit, teacher, backend=config.loss_backend))
     with flags(name=f"{where}targets"):
-        distiller = Distiller(vit, targets, num_visible=num_visible)
+        distiller = Distiller(vit, targets, num_visible=visible)
     if checkpoint is not None:
         with flags(source="output_dir"):
             distiller.restore(saved, checkpoint)
 
-    layout = head_layout(vit)
-    for settings in completed:
-        if isinstance(settings, Relations):
-            block = settings.teacher_block
-            layout |= {
-                "relation_heads": settings.heads,
-                "teacher_block": block[0] if isinstance(block, tuple) else block,
-            }
-            logger.info("relations: teacher's block %s, %d relation heads", block, settings.heads)
-            break
+    own = head_layout(vit)
+    relations = next((settings for settings in completed if isinstance(settings, Relations)), None)
+    if relations is not None:
+        own |= {"relation_heads": relations.heads, "teacher_block": _first(relations.teacher_block)}
     info = {
         "architecture": student.model,
         "model_kwargs": {**student.model_kwargs, "img_size": config.img_size},
-        "head_layout": layout,
+        "head_layout": own,
     }
     return BuiltStudent(student.name, distiller, initial, info, student.lr_scale)
 
 
-def info_of(config: DistillConfig, students: list[BuiltStudent]) -> ModelInfo:
-    """What a checkpoint says of itself; of several students, of the first, and of each by its name."""
+def info_of(config: DistillConfig, students: list[BuiltStudent], view: Preprocessing) -> ModelInfo:
+    """What a checkpoint says of itself; of several students, of the first, and of each by its name.
+
+    Args:
+        config: of the run.
+        students: of it.
+        view: how the teacher's images are made.
+    """
     by_name = {built.name: built.info for built in students if built.name is not None}
-    return ModelInfo(kind="tinymim", recipe=to_dict(config), students=by_name, **students[0].info)
+    more = {"recipe": to_dict(config), "teacher_preprocessing": asdict(view), "students": by_name}
+    return ModelInfo(kind="tinymim", **more, **students[0].info)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from tinymim_fast.distributed import World
     from tinymim_fast.models.model_info import ModelInfo
+    from tinymim_fast.models.preprocessing import Preprocessing
     from tinymim_fast.training.task import Task, Views
 
 logger = logging.getLogger("tinymim_fast")
@@ -36,6 +37,9 @@ class DistillConfig(RunConfig):
         teacher_model: timm name of the teacher; read from the checkpoint where that says it.
         teacher_model_kwargs: passed to `timm.create_model`; `num_heads` may be a list, one number for each block.
         teacher_key: of several models in the teacher's file, the one below this key, e.g. "teacher".
+        teacher_mean: per-channel mean of the teacher's view, of 1; default the one that it was trained with, where its
+            file says it, else `mean`.
+        teacher_std: per-channel standard deviation of the teacher's view; default likewise.
         teacher_precision: "fp32", "bf16", "int8" or "fp8" (linear layers alone), or "auto": bf16 wherever the device
             has it, whatever the student's.
         target_block: the teacher's block, 1-based; default 18 for 24 blocks (ViT-L), else the last.
@@ -62,6 +66,8 @@ class DistillConfig(RunConfig):
     teacher_model: str | None = None
     teacher_model_kwargs: dict[str, Any] = field(default_factory=dict)
     teacher_key: str | None = None
+    teacher_mean: tuple[float, float, float] | None = None
+    teacher_std: tuple[float, float, float] | None = None
     teacher_precision: Literal["auto", "fp32", "bf16", "int8", "fp8"] = "auto"
     target_block: int | None = None
     relation_heads: int | None = None
@@ -84,6 +90,7 @@ class DistillConfig(RunConfig):
             weights is None or (len(weights) == len(self.relations) and min(weights) >= 0 < max(weights)),
             f"{len(self.relations)} weights, one for each of {', '.join(self.relations)}, 0 or more and not all 0",
         )
+        self._check("teacher_std", self.teacher_std is None or min(self.teacher_std) > 0, "three numbers above 0")
         self._check("relation_heads", self.relation_heads is None or self.relation_heads > 0, "more than 0")
         self._check("target_block", self.target_block is None or self.target_block > 0, "1 or more")
         self._check("drop_path", 0 <= self.drop_path < 1, "a probability below 1")
@@ -114,13 +121,20 @@ class DistillConfig(RunConfig):
         return [(f"students[{number}].", student) for number, student in enumerate(students)]
 
 
-def load_teacher(config: DistillConfig) -> "tuple[VisionTransformer, ModelInfo]":
-    """The whole teacher, fp32 on the CPU, and what it is.
+def load_teacher(
+    config: DistillConfig, began: "Preprocessing | None" = None
+) -> "tuple[VisionTransformer, ModelInfo, Preprocessing]":
+    """The whole teacher, fp32 on the CPU, what it is, and how its view is made.
+
+    Args:
+        config: of the run.
+        began: how its view was made so far, of a run that goes on.
 
     Raises:
         InputError: no such checkpoint, or not what the run's flags say.
     """
     from tinymim_fast.models.checkpoints import load_encoder
+    from tinymim_fast.models.preprocessing import Preprocessing
     from tinymim_fast.models.vit import set_constant_drop_path
 
     names = {"source": "checkpoint", "model": "model", "model_kwargs": "model_kwargs", "key": "key"}
@@ -135,10 +149,17 @@ def load_teacher(config: DistillConfig) -> "tuple[VisionTransformer, ModelInfo]"
     if config.teacher_drop_path:
         set_constant_drop_path(vit, config.teacher_drop_path)
     logger.info("teacher: %s", info.architecture)
-    other = info.expects.differences(config.mean, config.std) if info.expects else []
-    if other:
-        logger.warning("the teacher was trained on images of another %s", "; of another ".join(other))
-    return vit, info
+    view = began or Preprocessing(
+        mean=config.teacher_mean or (info.expects.mean if info.expects else config.mean),
+        std=config.teacher_std or (info.expects.std if info.expects else config.std),
+    )
+    if info.expects:
+        own = not info.expects.differences(view.mean, view.std)
+        other = info.expects.differences(*((config.mean, config.std) if own else (view.mean, view.std)))
+        if other:
+            how = "; its view has its own, the student's this" if own else ""
+            logger.warning("the teacher was trained on images of another %s%s", "; of another ".join(other), how)
+    return vit, info, view
 
 
 def which_teacher(config: DistillConfig) -> dict[str, Any]:
@@ -184,21 +205,23 @@ def build_task(config: DistillConfig, world: "World", checkpoint: Path | None) -
     from torch.profiler import record_function
 
     from tinymim_fast.models.attention import use_attention
-    from tinymim_fast.models.masking import gather_tokens, num_visible, shuffled_patches
+    from tinymim_fast.models.checkpoints import describe
+    from tinymim_fast.models.masking import gather_tokens, shuffled_patches
     from tinymim_fast.models.precision import choose_precision, lower_precision
     from tinymim_fast.models.taps import Taps
     from tinymim_fast.models.vit import whole_blocks
     from tinymim_fast.random_streams import RandomStreams
     from tinymim_fast.targets.distiller import JointDistiller, distinct
-    from tinymim_fast.tasks.build_students import build_student, info_of
+    from tinymim_fast.tasks.build_students import build_students, info_of
     from tinymim_fast.training.task import Task, train_view
 
-    vit_t, info_t = load_teacher(config)
-    visible = num_visible(config.mask_ratio, vit_t.patch_embed.num_patches) if config.mask_ratio else None
-    students = [
-        build_student(config, where, student, vit_t, info_t, visible, checkpoint)
-        for where, student in config.each_student
-    ]
+    with flags(source="output_dir"):
+        began = describe(checkpoint) if checkpoint is not None else None
+    vit_t, info_t, view_t = load_teacher(config, began.teacher_expects if began else None)
+    students = build_students(config, vit_t, info_t.head_layout, checkpoint)
+    visible = students[0].distiller.num_visible
+    for built in students:
+        logger.info("student: %s", built)
     teacher = Taps(vit_t, distinct(place for built in students for place in built.distiller.places_t))
     for built in students:
         built.distiller.places_t = teacher.places
@@ -245,9 +268,11 @@ def build_task(config: DistillConfig, world: "World", checkpoint: Path | None) -
         model=model,
         prepare=prepare,
         parts=model.parts,
-        view=train_view(config, world, color_jitter=config.color_jitter),
+        view=train_view(
+            config, world, color_jitter=config.color_jitter, teacher_mean=view_t.mean, teacher_std=view_t.std
+        ),
         weights=weights,
-        info=info_of(config, students),
+        info=info_of(config, students, view_t),
         lr_scale={name: built.lr_scale for built in students for name in built.scaled_names()},
         streams=streams,
         kept={"teacher_checkpoint": which_teacher(config)},
