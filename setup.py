@@ -33,7 +33,7 @@ setup(
     # Without symbolic links, which some checkouts and archives lack, find_packages does not see the kernels.
     packages=sorted({*find_packages(include=["tinymim_fast", "tinymim_fast.*"]), "tinymim_fast.kernels"}),
     package_dir={"tinymim_fast": "tinymim_fast", "tinymim_fast.kernels": "kernels"},
-    package_data={"tinymim_fast.recipes": ["*.yaml"], "tinymim_fast.kernels": ["*.cpp"]},
+    package_data={"tinymim_fast.recipes": ["*.yaml", "*/*.yaml"], "tinymim_fast.kernels": ["*.cpp"]},
     install_requires=[
         "torch>=2.9",  # pins triton 3.5, the first that compiles the kernels without spills
         "triton>=3.5; platform_system == 'Linux'",

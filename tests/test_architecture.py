@@ -70,6 +70,12 @@ ARROWS = {  # room: what of tinymim_fast it may import, rooms or single modules
     "tinymim_fast/training/step.py": {"engine", "training.task"},
     "tinymim_fast/training/schedule.py": {"config"},
     "tinymim_fast/tasks": {"tasks", "targets", "models", "training.task", "config", "distributed", "errors", "files"},
+    "tinymim_fast/stages.py": set(),
+    "tinymim_fast/chain_report.py": {"config", "files", "models.checkpoints", "training.metrics"},
+    "tinymim_fast/chain.py": {
+        *("chain_report", "config", "errors", "files", "models", "stages", "targets", "tasks.distill", "yaml_files"),
+        *("training.checkpoint", "training.lock", "training.resume", "training.stop"),
+    },
     "tinymim_fast/train.py": {"tasks.distill", "training.program"},
     "tinymim_fast/pretrain.py": {"tasks.pretrain", "training.program"},
 }

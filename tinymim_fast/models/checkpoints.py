@@ -15,6 +15,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import safetensors.torch
 import timm
 import torch
@@ -100,6 +101,21 @@ def read_weights(source: Path) -> tuple[dict[str, torch.Tensor], ModelInfo | Non
     return content.tensors, _described(content, path)
 
 
+def describe(source: Path) -> ModelInfo | None:
+    """What `read_weights` gives, without the weights.
+
+    Raises:
+        InputError: see `read_weights`.
+    """
+    path = find_weights(source)
+    try:
+        with safetensors.safe_open(path, framework="np") as file:
+            text = (file.metadata() or {}).get(METADATA_KEY)
+    except (OSError, safetensors.SafetensorError):
+        return read_weights(path)[1]  # which says what is wrong, or reads another format
+    return None if text is None else ModelInfo.from_json(text, path)
+
+
 def load_encoder(
     source: str,
     *,
@@ -160,8 +176,8 @@ def load_encoder(
     return vit, replace(info, model_kwargs=kwargs, head_layout=layout)
 
 
-def restore(vit: VisionTransformer, checkpoint: Path) -> None:
-    """Fill a model with the weights of its own run.
+def restore(vit: VisionTransformer, checkpoint: Path) -> ModelInfo | None:
+    """Fill a model with the weights of its own run; gives what the checkpoint says of them.
 
     Args:
         vit: built as the run's configuration says.
@@ -176,6 +192,7 @@ def restore(vit: VisionTransformer, checkpoint: Path) -> None:
     if info is not None:
         check_heads(vit, info.head_layout.get("num_heads", []), checkpoint)
     load_state(vit, state, source=str(checkpoint), name=info.architecture if info else type(vit).__name__)
+    return info
 
 
 def load_state(vit: VisionTransformer, state: Mapping[str, torch.Tensor], *, source: str, name: str) -> None:
