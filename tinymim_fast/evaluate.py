@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -260,11 +261,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with flags(**CHECKPOINT_FLAGS, **FLAGS):
             options = checkpoint_arguments(args)
-            for name, number in {"nb_knn": min(args.nb_knn), "batch_size": args.batch_size}.items():
-                if number < 1:
-                    raise InputError(f"got {number}, want 1 or more", argument=name)
-            if args.output_dir:
-                check_folder(args.output_dir)
             if "RANK" in os.environ:
                 local_rank = complete_environment()
                 if torch.cuda.is_available():
@@ -272,6 +268,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                 join("gloo")
                 rank, group = dist.get_rank(), dist.group.WORLD
                 logger.setLevel(logging.ERROR if rank else logging.NOTSET)
+            for name, number in {"nb_knn": min(args.nb_knn), "batch_size": args.batch_size}.items():
+                if number < 1:
+                    raise InputError(f"got {number}, want 1 or more", argument=name)
+            if args.output_dir:
+                check_folder(args.output_dir)
             found = evaluate(
                 args.checkpoint,
                 args.data_path,
@@ -296,7 +297,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"evaluate: {error}", file=sys.stderr, flush=True)
         code = EXIT_INPUT
     if group is not None:
-        dist.barrier(group)  # a launcher ends all ranks where one ended with an error: not before rank 0 has told it
+        # A launcher ends all ranks where one ended with an error: not before rank 0 has told it. The others wait here
+        # while rank 0 classifies features, which may take hours.
+        dist.monitored_barrier(group, timeout=timedelta(days=7))
         dist.destroy_process_group()
     return code
 
