@@ -44,6 +44,14 @@ setup(
         "train-cu12": [*TRAIN, "nvidia-dali-cuda120>=2.2,<3; platform_system == 'Linux'"],
         "corruptions": ["imagecorruptions-imaug>=1.1.5"],  # evaluate --make-corruptions
         "torchao": ["torchao>=0.18"],  # --teacher-precision fp8, and int8 on a GPU
-        "dev": ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.9", "transformers>=5"],
+        "dev": [
+            "pytest>=8",
+            "pytest-xdist>=3.6",
+            "hypothesis>=6.100",
+            "ruff>=0.9",
+            "transformers>=5",
+            "lightning>=2.5",
+            "accelerate>=1.10",
+        ],
     },
 )
