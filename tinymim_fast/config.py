@@ -78,7 +78,8 @@ class RunConfig:
         max_nonfinite: steps that "skip" may leave out in a whole run; one more ends it.
         verify_checkpoints: compare a checkpoint with its checksums before going on from it; reads it twice.
         max_time: minutes from the program's start after which the run saves and stops with code 75; 0: none.
-        max_wait: minutes that one micro-batch may be waited for, after which the run ends with code 75; 0: any time.
+        max_wait: minutes that one micro-batch may be waited for, after which the run saves and ends with code 75; 0:
+            any time.
         resume: "auto" continues what `output_dir` holds; "none" starts anew and refuses a folder with checkpoints.
         tensorboard: write event files to `output_dir/tensorboard`.
     """

@@ -9,7 +9,7 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from functools import partial
 
@@ -24,6 +24,7 @@ from tinymim_fast.data.decode import one_line
 from tinymim_fast.data.draws import ViewDraws
 from tinymim_fast.data.errors import DataError, ImageError
 from tinymim_fast.data.plan import EvalPlan, TrainPlan
+from tinymim_fast.data.threads import Readers
 
 log = logging.getLogger(__name__)
 
@@ -112,7 +113,7 @@ def batches(
         bad_files: the ledger.
         numbers: of the batches wanted.
         workers: processes.
-        options: `device`, and `prefetch` of each worker.
+        options: `device`, `prefetch` of each worker, `waiting`: see `build_loader`.
 
     Raises:
         DataError: a file can't be decoded in evaluation, or hardly any in training; names it. Or workers are killed
@@ -148,6 +149,7 @@ def _batches(
     device: torch.device,
     workers: int,
     prefetch: int,
+    waiting: Callable[[], None],
 ) -> Iterator[tuple[torch.Tensor, ...]]:
     is_train = isinstance(plan, TrainPlan)
     on_child = signal.getsignal(signal.SIGCHLD)
@@ -167,8 +169,10 @@ def _batches(
     if threading.current_thread() is threading.main_thread() and on_child is not None:
         signal.signal(signal.SIGCHLD, on_child)
     affine = [_scale_and_shift(mean, std, device) for mean, std in plan.view.normalisations]
+    reader = Readers(1, waiting)  # a worker that hangs, or is stopped, may keep the loader itself from answering
     try:
-        for views, bad in loader:  # uint8, a quarter of the bytes for workers to send
+        while (batch := reader.result(reader.submit(next, loader, None))) is not None:
+            views, bad = batch  # uint8, a quarter of the bytes for workers to send
             if is_train:
                 bad_files.update(bad)
             views = (view.to(device, non_blocking=True) for view in views)
@@ -178,9 +182,11 @@ def _batches(
         raise DataError(re.split(r"\b(?:Data|Image)Error: ", str(error.args[0]))[-1].strip()) from None
     finally:
         if hasattr(loader, "_shutdown_workers"):  # now, not when the last traceback that holds it is dropped
-            loader._shutdown_workers()
+            if not reader.is_late:
+                loader._shutdown_workers()
             for worker in loader._workers:  # one that hangs in a read takes no other signal
                 worker.kill()
+        reader.close()
 
 
 def _scale_and_shift(
