@@ -46,6 +46,15 @@ setup(
         "corruptions": ["imagecorruptions-imaug>=1.1.5"],  # evaluate --make-corruptions
         "export": EXPORT,  # export --formats onnx
         "torchao": ["torchao>=0.18"],  # --teacher-precision fp8, and int8 on a GPU
-        "dev": ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.9", "transformers>=5", *EXPORT],
+        "dev": [
+            "pytest>=8",
+            "pytest-xdist>=3.6",
+            "hypothesis>=6.100",
+            "ruff>=0.9",
+            "transformers>=5",
+            "lightning>=2.5",
+            "accelerate>=1.10",
+            *EXPORT,
+        ],
     },
 )

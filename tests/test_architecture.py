@@ -70,6 +70,8 @@ ARROWS = {  # room: what of tinymim_fast it may import, rooms or single modules
     "tinymim_fast/training/step.py": {"engine", "training.agreement", "training.task"},
     "tinymim_fast/training/schedule.py": {"config"},
     "tinymim_fast/tasks": {"tasks", "targets", "models", "training.task", "config", "distributed", "errors", "files"},
+    "tinymim_fast/adapters": {"adapters", "kernels", "models.taps", "models.vit"},
+    "tinymim_fast/adapters/tapped.py": set(),
     "tinymim_fast/stages.py": set(),
     "tinymim_fast/chain_report.py": {"config", "files", "models.checkpoints", "training.metrics"},
     "tinymim_fast/chain.py": {
