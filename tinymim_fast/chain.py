@@ -152,6 +152,7 @@ def check_fit(stages: Sequence[Stage], num_finished: int) -> None:
     import torch
 
     from tinymim_fast.models.checkpoints import describe
+    from tinymim_fast.models.vit import create_vit, head_layout
     from tinymim_fast.tasks.build_students import build_students
     from tinymim_fast.tasks.distill import load_teacher
 
@@ -170,7 +171,10 @@ def check_fit(stages: Sequence[Stage], num_finished: int) -> None:
                 teacher, info, _ = load_teacher(config)
                 layout = info.head_layout
             else:  # what it learnt from need not be there any more
-                before = stage, describe(stage.folder).head_layout
+                with torch.device("meta"):
+                    vit = create_vit(config.student_model, img_size=config.img_size, **config.student_model_kwargs)
+                heads = config.relation_heads or describe(stage.folder).head_layout.get("relation_heads")
+                before = stage, {**head_layout(vit), "relation_heads": heads}
                 continue
             with torch.device("meta"):
                 students = build_students(config, teacher, layout)
