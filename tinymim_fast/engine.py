@@ -11,6 +11,7 @@ import io
 import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,15 @@ from deepspeed.utils import (
 )
 from torch import nn
 
-from tinymim_fast.distributed import World, complete_environment, join, random_states, seed_rank, set_random_states
+from tinymim_fast.distributed import (
+    World,
+    complete_environment,
+    join,
+    leave,
+    random_states,
+    seed_rank,
+    set_random_states,
+)
 from tinymim_fast.errors import InputError
 
 STATE = "optimizer.safetensors"
@@ -43,8 +52,13 @@ MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, by their names in PyTorch
 deepspeed.utils.logger.setLevel(logging.WARNING)  # a user's run needs its warnings, not every step of its set-up
 
 
-def start() -> World:
-    """Join the processes that `deepspeed`, `torchrun` or nobody (plain `python`) started."""
+def start(max_wait_minutes: float | None = None) -> World:
+    """Join the processes that `deepspeed`, `torchrun` or nobody (plain `python`) started.
+
+    Args:
+        max_wait_minutes: what a run may wait for data or for a rank, so that no collective gives up before; 0: any
+            time. None: the backend's time-outs.
+    """
     local_rank = complete_environment()
     accelerator = get_accelerator()
     if accelerator.device_name() == "cpu":
@@ -59,14 +73,20 @@ def start() -> World:
             )
         accelerator.set_device(local_rank)
         device = torch.device(accelerator.device_name(local_rank))
-    join(accelerator.communication_backend_name())
+    timeout = None
+    if max_wait_minutes is not None:
+        timeout = timedelta(minutes=max_wait_minutes + 5) if max_wait_minutes else timedelta(days=365)
+    store = join(accelerator.communication_backend_name(), timeout)
     deepspeed.init_distributed(dist_backend=accelerator.communication_backend_name(), verbose=False)
-    return World(dist.get_rank(), dist.get_world_size(), device, dist.new_group(backend="gloo"))
+    host_group = dist.new_group(backend="gloo", timeout=timeout)
+    return World(dist.get_rank(), dist.get_world_size(), device, host_group, store)
 
 
-def stop() -> None:
-    """Leave the process group."""
-    if dist.is_initialized():
+def stop(world: World | None = None) -> None:
+    """Leave the process group; with `world`, together with the other ranks: see `leave`."""
+    if world is not None:
+        leave(world.store)
+    elif dist.is_initialized():
         dist.destroy_process_group()
 
 
@@ -210,8 +230,16 @@ class Engine:
             state[name] = full.detach().float().cpu().clone()
         return state
 
-    def optimizer_state(self) -> dict[str, torch.Tensor]:
+    @property
+    def holds_all(self) -> bool:
+        """Whether this rank has all weights and moments itself."""
+        return self.world.world_size == 1 or self._engine.optimizer is self._adamw
+
+    def optimizer_state(self, *, alone: bool = False) -> dict[str, torch.Tensor]:
         """Both moments of each weight, whole and fp32, and every rank's random states, on rank 0's CPU. Collective.
+
+        Args:
+            alone: without the random states, and not collective, where this rank `holds_all`.
 
         Nothing in it depends on how many ranks there are or how ZeRO divides the optimizer among them.
         """
@@ -223,7 +251,8 @@ class Engine:
                     full = self._adamw.state[parameter][moment]
                 if self.world.is_main:
                     state[f"{moment}.{name}"] = full.detach().cpu()
-        for rank, random in enumerate(self.world.gather(random_states(self.world.device))):
+        everyones = [] if alone else self.world.gather(random_states(self.world.device))
+        for rank, random in enumerate(everyones):
             state.update({f"random_{kind}.{rank}": tensor for kind, tensor in random.items()})
         return state
 
