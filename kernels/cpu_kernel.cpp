@@ -193,7 +193,7 @@ struct Problem {
     char *rows, *weights;                 // (B, H, N) in the working dtype, or null
     const int64_t* lengths;               // (B,), or null
     int64_t num_images, num_heads, num_tokens, width_s, width_t;
-    double scale_s, scale_t;
+    double scale_s, scale_t, gradient_scale;  // the last of the gradient, before it is rounded
     int64_t num_threads;
 };
 
@@ -222,22 +222,22 @@ void load_row(const Tensor& z, int64_t b, int64_t h, int64_t i, int64_t width, T
 }
 
 template <typename T>
-void store_row(const Tensor& z, int64_t b, int64_t h, int64_t i, int64_t width, const T* values) {
+void store_row(const Tensor& z, int64_t b, int64_t h, int64_t i, int64_t width, T scale, const T* values) {
     char* row = row_of(z, b, h, i);
     if (z.dtype == 0) {
-        for (int64_t d = 0; d < width; ++d) reinterpret_cast<float*>(row)[d] = static_cast<float>(values[d]);
+        for (int64_t d = 0; d < width; ++d) reinterpret_cast<float*>(row)[d] = static_cast<float>(values[d] * scale);
     } else if (z.dtype == 1) {
-        for (int64_t d = 0; d < width; ++d) reinterpret_cast<double*>(row)[d] = static_cast<double>(values[d]);
+        for (int64_t d = 0; d < width; ++d) reinterpret_cast<double*>(row)[d] = static_cast<double>(values[d] * scale);
     } else if (z.dtype == 2) {
         for (int64_t d = 0; d < width; ++d) {  // to the nearest, ties to even; a NaN stays one
-            const float value = static_cast<float>(values[d]);
+            const float value = static_cast<float>(values[d] * scale);
             uint32_t bits;
             std::memcpy(&bits, &value, sizeof(bits));
             const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
             reinterpret_cast<uint16_t*>(row)[d] = static_cast<uint16_t>(value == value ? rounded : 0x7fc0u);
         }
     } else {
-        for (int64_t d = 0; d < width; ++d) reinterpret_cast<Half*>(row)[d] = static_cast<Half>(values[d]);
+        for (int64_t d = 0; d < width; ++d) reinterpret_cast<Half*>(row)[d] = static_cast<Half>(values[d] * scale);
     }
 }
 
@@ -279,6 +279,7 @@ void one_map(const Problem& p, Scratch<T>& s, int64_t b, int64_t h) {
     const bool want_x = p.d_x.data, want_y = p.d_y.data, joint = want_x && p.d_x.data == p.d_y.data;
     const int64_t offset = (b * p.num_heads + h) * p.num_tokens;
     T* rows = p.rows ? reinterpret_cast<T*>(p.rows) + offset : nullptr;
+    const T scale = T(p.gradient_scale);
     const T* weights = p.weights ? reinterpret_cast<const T*>(p.weights) + offset : nullptr;
 
     load(p.y_t, b, h, n, p.num_tokens, p.width_t, s.x_t, s.yt_t);  // x_t is its scratch
@@ -305,16 +306,17 @@ void one_map(const Problem& p, Scratch<T>& s, int64_t b, int64_t h) {
             product(s.b, stride, int64_t(1), s.y_s, s_width, s.d_y + first * s_width, s_width, tiles, s_width, n, true);
         } else if (want_x) {
             product(s.b, stride, int64_t(1), s.y_s, s_width, s.d_x, s_width, tiles, s_width, n, false);
-            for (int64_t i = 0; i < count; ++i) store_row(p.d_x, b, h, first + i, p.width_s, s.d_x + i * s_width);
+            for (int64_t i = 0; i < count; ++i)
+                store_row(p.d_x, b, h, first + i, p.width_s, scale, s.d_x + i * s_width);
         }
     }
     for (int64_t i = n; rows && i < p.num_tokens; ++i) rows[i] = T(0);
     if (want_y)
-        for (int64_t i = 0; i < n; ++i) store_row(p.d_y, b, h, i, p.width_s, s.d_y + i * s_width);
+        for (int64_t i = 0; i < n; ++i) store_row(p.d_y, b, h, i, p.width_s, scale, s.d_y + i * s_width);
     std::fill(s.d_x, s.d_x + s_width, T(0));
     for (int64_t i = n; i < p.num_tokens; ++i) {
-        if (want_x) store_row(p.d_x, b, h, i, p.width_s, s.d_x);
-        if (want_y) store_row(p.d_y, b, h, i, p.width_s, s.d_x);
+        if (want_x) store_row(p.d_x, b, h, i, p.width_s, scale, s.d_x);
+        if (want_y) store_row(p.d_y, b, h, i, p.width_s, scale, s.d_x);
     }
 }
 
