@@ -137,7 +137,7 @@ def by_formula(
     """Loss and gradient of the patch embedding by the formula, for each pair of the student's and teacher's dtypes."""
     torch.manual_seed(config.seed)
     student = build_task(replace(config, attention="math"), world, None).model.student.to(world.device).eval()
-    teacher, _, heads = build_teacher(config)
+    teacher, _, heads, _ = build_teacher(config)
     teacher.to(world.device).eval()
     results, tapped = [], {}
     for dtype in (torch.float64, torch.float32, torch.bfloat16):  # each holds what the next one needs

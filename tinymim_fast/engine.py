@@ -35,7 +35,7 @@ from deepspeed.utils import (
 )
 from torch import nn
 
-from tinymim_fast.distributed import World, complete_environment, join, seed_rank
+from tinymim_fast.distributed import World, complete_environment, join, random_states, seed_rank, set_random_states
 from tinymim_fast.errors import InputError
 
 STATE = "optimizer.safetensors"
@@ -71,14 +71,28 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
-def parameter_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
-    """AdamW groups: no decay on 1-D parameters (biases, norms, LayerScale), as in MAE and TinyMIM."""
-    decay, no_decay = [], []
+def parameter_groups(
+    parameters: Iterable[nn.Parameter], weight_decay: float, lr_scale: Mapping[nn.Parameter, float] | None = None
+) -> list[dict[str, Any]]:
+    """AdamW groups: no decay on 1-D parameters (biases, norms, LayerScale), as in MAE and TinyMIM.
+
+    Args:
+        parameters: those that require no gradient are left out.
+        weight_decay: of the others.
+        lr_scale: factors on the learning rate, 1 where there is none; "lr_scale" of a group, as in timm.
+    """
+    by_scale: dict[float, tuple[list[nn.Parameter], list[nn.Parameter]]] = {}
     for parameter in parameters:
         if parameter.requires_grad:
+            scale = 1.0 if lr_scale is None else lr_scale.get(parameter, 1.0)
+            decay, no_decay = by_scale.setdefault(scale, ([], []))
             (decay if parameter.ndim > 1 else no_decay).append(parameter)
-    groups = [{"params": decay, "weight_decay": weight_decay}, {"params": no_decay, "weight_decay": 0.0}]
-    return [g for g in groups if g["params"]]
+    return [
+        {"params": members, "weight_decay": decay, "lr_scale": scale}
+        for scale, of_scale in by_scale.items()
+        for members, decay in zip(of_scale, (weight_decay, 0.0), strict=True)
+        if members
+    ]
 
 
 class Engine:
@@ -91,6 +105,7 @@ class Engine:
         lr_at: learning rate by optimizer step.
         weight_decay: of AdamW, see `parameter_groups`.
         opt_betas: AdamW's.
+        lr_scale: factors on the learning rate by parameter's name; 1 for those that are not named.
         seed: of the random numbers of a continuation whose own can't be restored.
         regions: modules of `model` that are compiled: ZeRO-3 gathers the weights of one at once, no hooks inside.
 
@@ -112,6 +127,7 @@ class Engine:
         lr_at: Callable[[int], float],
         weight_decay: float = 0.05,
         opt_betas: tuple[float, float] = (0.9, 0.95),
+        lr_scale: Mapping[str, float] | None = None,
         seed: int = 0,
         regions: Iterable[nn.Module] = (),
     ):
@@ -128,7 +144,10 @@ class Engine:
         num_parameters = sum(p.numel() for p in self._trained.values())
         zero_config = {"reduce_bucket_size": min(num_parameters, MAX_BUCKET), **ds_config["zero_optimization"]}
         self.ds_config = {**ds_config, "zero_optimization": zero_config}
-        groups = parameter_groups(model.parameters(), weight_decay)
+        scales = {p: (lr_scale or {}).get(name, 1.0) for name, p in self._trained.items()}
+        groups = parameter_groups(model.parameters(), weight_decay, scales)
+        for group in groups:
+            group["lr"] = group["lr_scale"]  # the schedule multiplies it
         self._adamw = torch.optim.AdamW(groups, lr=1.0, betas=opt_betas, fused=True)
         for region in regions:
             set_z3_leaf_module(region, True)
@@ -137,7 +156,7 @@ class Engine:
                 model=model,
                 model_parameters=list(self._trained.values()),
                 optimizer=self._adamw,
-                # lr=1 above: the multiplier is the rate. DeepSpeed steps it once an optimizer step.
+                # a group's lr is its lr_scale: the multiplier is the rate. DeepSpeed steps it once an optimizer step.
                 lr_scheduler=lambda wrapped: torch.optim.lr_scheduler.LambdaLR(wrapped, lr_at),
                 config=self.ds_config,
             )
@@ -156,8 +175,8 @@ class Engine:
 
     @property
     def lr(self) -> float:
-        """Learning rate of the next optimizer step."""
-        return self._engine.get_lr()[0]
+        """Learning rate of the next optimizer step, of parameters whose `lr_scale` is 1."""
+        return self._lr_at(self._engine.lr_scheduler.last_epoch)
 
     def backward(self, loss: torch.Tensor) -> None:
         """Add this micro-batch's gradient, divided by the accumulation steps; ranks are averaged on the way."""
@@ -210,7 +229,7 @@ class Engine:
                     full = self._adamw.state[parameter][moment]
                 if self.world.is_main:
                     state[f"{moment}.{name}"] = full.detach().cpu()
-        for rank, random in enumerate(self.world.gather(_random_states(self.world.device))):
+        for rank, random in enumerate(self.world.gather(random_states(self.world.device))):
             state.update({f"random_{kind}.{rank}": tensor for kind, tensor in random.items()})
         return state
 
@@ -262,11 +281,11 @@ class Engine:
         """Schedule and moments, zero, of an optimizer that took `step` steps."""
         scheduler, lr = self._engine.lr_scheduler, self._lr_at(step)
         scheduler.load_state_dict(
-            {**scheduler.state_dict(), "last_epoch": step, "_last_lr": [lr] * len(scheduler.base_lrs)}
+            {**scheduler.state_dict(), "last_epoch": step, "_last_lr": [lr * scale for scale in scheduler.base_lrs]}
         )
         self._engine.global_steps = step
         for group in self._adamw.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_scale"]
         for parameter in self._states_of:
             self._adamw.state[parameter] = {
                 "step": torch.tensor(float(step), device=parameter.device),
@@ -279,14 +298,13 @@ class Engine:
             zero._lazy_init_hp_params_optimizer_state()
 
     def _restore_random_states(self, saved: Mapping[str, torch.Tensor], step: int) -> None:
-        kinds = _random_states(self.world.device)
+        kinds = random_states(self.world.device)
         wanted = {f"random_{kind}.{rank}" for kind in kinds for rank in range(self.world.world_size)}
         if wanted != set(saved):
             seed_rank(self._seed, step, self.world.rank)
             return
-        torch.set_rng_state(saved[f"random_cpu.{self.world.rank}"])
-        if "cuda" in kinds:
-            torch.cuda.set_rng_state(saved[f"random_cuda.{self.world.rank}"], self.world.device)
+        mine = {kind: saved[f"random_{kind}.{self.world.rank}"] for kind in kinds}
+        set_random_states(mine, self.world.device)
 
 
 def save_state(folder: Path, state: Mapping[str, torch.Tensor], client_state: Mapping[str, Any]) -> None:
@@ -335,10 +353,3 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         gc.unfreeze()
-
-
-def _random_states(device: torch.device) -> dict[str, torch.Tensor]:
-    states = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state(device)
-    return states

@@ -8,7 +8,7 @@ views agree with PIL and torchvision up to rounding.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 
 import numpy as np
 import nvidia.dali.fn as fn
@@ -24,6 +24,7 @@ from tinymim_fast.data.dali_source import DaliSource
 from tinymim_fast.data.draws import BRIGHTNESS, CONTRAST
 from tinymim_fast.data.errors import DataError, ImageError, name_some
 from tinymim_fast.data.plan import EvalPlan, TrainPlan
+from tinymim_fast.data.threads import Readers
 
 _GREY = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # PIL's "L"
 _TRUNCATE = -0.499  # DALI rounds to uint8, PIL's blend truncates
@@ -41,10 +42,11 @@ def batches(
     workers: int,
     prefetch: int,
     dali_kwargs: Mapping[str, float],
+    waiting: Callable[[], None],
 ) -> Iterator[tuple[torch.Tensor, ...]]:
     """Views (B, 3, S, S) on `device` for each batch number.
 
-    `workers` threads decode, at least one; `dali_kwargs`: see `build_loader`.
+    `workers` threads decode, at least one; `dali_kwargs` and `waiting`: see `build_loader`.
 
     Raises:
         DataError: a file can't be decoded in evaluation, or hardly any in training; names it.
@@ -57,12 +59,15 @@ def batches(
         return (_train_graph if isinstance(plan, TrainPlan) else _eval_graph)(
             source=source,
             plan=plan,
-            normalize={
-                "mean": [255 * m for m in plan.view.mean],
-                "std": [255 * s for s in plan.view.std],
-                "output_layout": "CHW",
-                "dtype": _DTYPES[plan.view.dtype],
-            },
+            normalize=[
+                {
+                    "mean": [255 * m for m in mean],
+                    "std": [255 * s for s in std],
+                    "output_layout": "CHW",
+                    "dtype": _DTYPES[plan.view.dtype],
+                }
+                for mean, std in plan.view.normalisations
+            ],
             decoder={**_DECODE_OPTIONS, "device": "mixed" if is_gpu else "cpu", **decoder},
             threads=None if is_gpu else threads,
             device_id=device.index if is_gpu else None,
@@ -71,7 +76,7 @@ def batches(
         )
 
     num_threads = max(1, workers)
-    with ThreadPoolExecutor(num_threads, "tinymim_fast") as threads:
+    with closing(Readers(num_threads, waiting)) as threads:
         source = DaliSource(plan, bad_files, threads, num_threads, queue["prefetch_queue_depth"] + 2)
         done = 0
         while done < len(numbers):  # once, and again after each batch with a file that can't be decoded
@@ -177,7 +182,7 @@ def _decode_crop(encoded, size, start, shape, decoder: dict):
 
 
 @do_not_convert  # by enable_conditionals
-def _on_cpu(function: Callable, threads: ThreadPoolExecutor, image, parameter):
+def _on_cpu(function: Callable, threads: Readers, image, parameter):
     """`function(image, parameter)` of each sample, in threads; DALI itself would call it for one after another."""
 
     def each(images, parameters):
@@ -186,7 +191,7 @@ def _on_cpu(function: Callable, threads: ThreadPoolExecutor, image, parameter):
     return fn.python_function(image, parameter, function=each, batch_processing=True, output_layouts="HWC")
 
 
-def _resize(image, size, threads: ThreadPoolExecutor | None):
+def _resize(image, size, threads: Readers | None):
     """Cubic and antialiased, to (height, width); DALI's own costs 1.9 ms of CPU time an image more (NOTES.md)."""
     if threads is None:
         return fn.resize(image, size=size, interp_type=types.INTERP_CUBIC, antialias=True)
@@ -199,7 +204,7 @@ def _resize_on_cpu(image: np.ndarray, size: np.ndarray) -> np.ndarray:
     return resized.permute(0, 2, 3, 1)[0].numpy()
 
 
-def _saturate(image, factor, threads: ThreadPoolExecutor | None):
+def _saturate(image, factor, threads: Readers | None):
     """x <- f x + (1 - f) grey(x); as a matrix on a GPU, on the CPU by PIL in a sixth of that time."""
     if threads is None:
         identity, grey = types.Constant(np.eye(3, dtype=np.float32)), types.Constant(np.tile(_GREY, (3, 1)))
@@ -215,17 +220,19 @@ def _saturate_on_cpu(image: np.ndarray, factor: np.ndarray) -> np.ndarray:
 def _train_graph(
     source: Iterable,
     plan: TrainPlan,
-    normalize: dict,
+    normalize: Sequence[dict],
     decoder: dict,
-    threads: ThreadPoolExecutor | None,
+    threads: Readers | None,
 ):
     num_parameters = 3 + (2 * _NUM_STAGES if plan.view.num_views == 2 else 0)
     encoded, size, start, shape, flip, *jitter = _inputs(source, num_parameters)
-    image = _decode_crop(encoded, size, start, shape, decoder)
-    image = _resize(image, types.Constant(np.full(2, plan.view.img_size, dtype=np.float32)), threads)
-    teacher_view = fn.crop_mirror_normalize(image, mirror=flip, **normalize)
+    crop, sizes = _decode_crop(encoded, size, start, shape, decoder), plan.view.sizes
+    image = _resize(crop, types.Constant(np.full(2, sizes[0], dtype=np.float32)), threads)
+    teacher_view = fn.crop_mirror_normalize(image, mirror=flip, **normalize[0])
     if plan.view.num_views == 1:
         return teacher_view
+    if sizes[1] != sizes[0]:
+        image = _resize(crop, types.Constant(np.full(2, sizes[1], dtype=np.float32)), threads)
     for order, factor in zip(jitter[:_NUM_STAGES], jitter[_NUM_STAGES:]):
         # a condition on a per-sample value splits the batch, so each sample pays for its own operation only
         if order == BRIGHTNESS:
@@ -240,19 +247,19 @@ def _train_graph(
             )
         else:
             image = _saturate(image, factor, threads)
-    return teacher_view, fn.crop_mirror_normalize(image, mirror=flip, **normalize)
+    return teacher_view, fn.crop_mirror_normalize(image, mirror=flip, **normalize[1])
 
 
 @pipeline_def
 def _eval_graph(
     source: Iterable,
     plan: EvalPlan,
-    normalize: dict,
+    normalize: Sequence[dict],
     decoder: dict,
-    threads: ThreadPoolExecutor | None,
+    threads: Readers | None,
 ):
     encoded, size, start, shape, resized, anchor = _inputs(source, 4)
     image = _decode_crop(encoded, size, start, shape, decoder)
     image = _resize(image, resized, threads)
     image = fn.slice(image, start=anchor, shape=[plan.view.img_size, plan.view.img_size], axes=[0, 1])
-    return fn.crop_mirror_normalize(image, **normalize)
+    return fn.crop_mirror_normalize(image, **normalize[0])

@@ -31,22 +31,37 @@ class TrainStep:
         self.parts = tuple(parts)
         self.accumulation_steps = accumulation_steps
 
-    def __call__(self, micro_batches: Iterator[Views]) -> torch.Tensor:
-        """Take `accumulation_steps` micro-batches and update the weights; the host waits for nothing here.
+    def __call__(
+        self,
+        micro_batches: Iterator[Views],
+        have_images: Callable[[], None] = lambda: None,
+        may_update: Callable[[], bool] = lambda: True,
+    ) -> torch.Tensor:
+        """Take `accumulation_steps` micro-batches and update the weights; the host waits for no device here.
+
+        Args:
+            micro_batches: of this rank.
+            have_images: called when the last micro-batch is there.
+            may_update: asked after the last backward pass; False leaves the weights, and the gradient, as they are.
 
         Returns:
             (parts,) losses of this rank on the device, detached.
         """
         total = 0.0
-        for _ in range(self.accumulation_steps):
-            total = total + self.micro_step(next(micro_batches))
+        for number in range(1, self.accumulation_steps + 1):
+            views = next(micro_batches)
+            last = number == self.accumulation_steps
+            if last:
+                have_images()
+            total = total + (self.micro_step(views, may_update) if last else self.micro_step(views))
         return total / self.accumulation_steps
 
-    def micro_step(self, views: Views) -> torch.Tensor:
+    def micro_step(self, views: Views, may_update: Callable[[], bool] = lambda: True) -> torch.Tensor:
         """One micro-batch's losses, (parts,), and its gradient; the last one of a step updates the weights.
 
         Args:
             views: (B, 3, S, S) each, on the device.
+            may_update: see `__call__`; asked after this backward pass.
         """
         with torch.no_grad():
             inputs = self.prepare(tuple(view.to(self.engine.dtype) for view in views))
@@ -55,5 +70,6 @@ class TrainStep:
         with record_function("backward"):
             self.engine.backward(losses["loss"])
         with record_function("optimizer"):
-            self.engine.step()
+            if may_update():
+                self.engine.step()
         return torch.stack([losses[part].detach() for part in self.parts])

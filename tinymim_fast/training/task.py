@@ -46,6 +46,7 @@ class Task:
         info: what the weights file says of itself; `step` and `epoch` are filled in.
         regions: modules, in `model` or called by `prepare`, that are compiled one by one where compiling is wanted.
         frozen: the model that `prepare` calls, where there is one.
+        lr_scale: factors on the learning rate by name in `model`, as timm's `lr_scale`; 1 for those not named.
         kept: what a continued run must find unchanged, beside configuration and images: for each field of the
             configuration that names a file, which it was, as JSON can hold it.
     """
@@ -58,11 +59,19 @@ class Task:
     info: ModelInfo
     regions: tuple[nn.Module, ...] = ()
     frozen: Frozen | None = None
+    lr_scale: Mapping[str, float] = field(default_factory=dict)
     kept: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
-def train_view(config: RunConfig, world: World, *, color_jitter: float | None = None) -> TrainView:
-    """The view that a run's configuration means; with `color_jitter`, of that strength, a second one beside it."""
+def train_view(config: RunConfig, world: World, *, color_jitter: float | None = None, **changes: Any) -> TrainView:
+    """The view that a run's configuration means; with `color_jitter`, of that strength, a second one beside it.
+
+    Args:
+        config: of the run.
+        world: a GPU gets its views in half precision.
+        color_jitter: of brightness, contrast and saturation.
+        **changes: further fields of `TrainView`.
+    """
     return TrainView(
         img_size=config.img_size,
         scale=config.scale,
@@ -73,6 +82,7 @@ def train_view(config: RunConfig, world: World, *, color_jitter: float | None = 
         std=config.std,
         # half the bytes; the CPU is slower at it
         dtype=torch.float16 if config.bf16 and world.device.type == "cuda" else torch.float32,
+        **changes,
     )
 
 
