@@ -44,12 +44,14 @@ def loss_and_grad(loss, student, teacher, *args):
 )
 def test_the_same_loss_and_gradient(assert_as_exact, backend, shape, widths):
     torch.manual_seed(0)
-    student, teacher = (torch.randn(*shape, width) for width in widths)
-    # Neighbours resemble each other, as in an image; else all other tokens are nearly orthogonal.
-    student, teacher = (z + z.roll(1, dims=1) + z.mean(1, keepdim=True) for z in (student, teacher))
+    # Regions of an image, other ones for the student: a loss of order one, as its terms are.
+    student, teacher = (
+        0.5 * torch.randn(*shape, width) + torch.randn(8, width)[torch.arange(shape[1]) * 8 // num_rows % 8]
+        for width, num_rows in zip(widths, (shape[1], 64), strict=True)
+    )
     ours = loss_and_grad(as_ours, student, teacher, backend)
     theirs = loss_and_grad(as_lightly_train_writes_it, student, teacher)
     exact = loss_and_grad(as_lightly_train_writes_it, student.double(), teacher.double())
-    assert exact[0] > 1e-4
+    assert exact[0] > 0.1
     for name, *results in zip(("loss", "gradient"), ours, theirs, exact, strict=True):
         assert_as_exact(name, *results, torch.float32)
