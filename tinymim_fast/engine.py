@@ -11,6 +11,7 @@ import io
 import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -35,17 +36,31 @@ from deepspeed.utils import (
 )
 from torch import nn
 
-from tinymim_fast.distributed import World, complete_environment, join, random_states, seed_rank, set_random_states
+from tinymim_fast.distributed import (
+    World,
+    complete_environment,
+    join,
+    leave,
+    random_states,
+    seed_rank,
+    set_random_states,
+)
 from tinymim_fast.errors import InputError
 from tinymim_fast.random_streams import RandomStreams
 
 STATE = "optimizer.safetensors"
+MAX_BUCKET = 500_000_000  # DeepSpeed's own size of a bucket of gradients
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, by their names in PyTorch
 deepspeed.utils.logger.setLevel(logging.WARNING)  # a user's run needs its warnings, not every step of its set-up
 
 
-def start() -> World:
-    """Join the processes that `deepspeed`, `torchrun` or nobody (plain `python`) started."""
+def start(max_wait_minutes: float | None = None) -> World:
+    """Join the processes that `deepspeed`, `torchrun` or nobody (plain `python`) started.
+
+    Args:
+        max_wait_minutes: what a run may wait for data or for a rank, so that no collective gives up before; 0: any
+            time. None: the backend's time-outs.
+    """
     local_rank = complete_environment()
     accelerator = get_accelerator()
     if accelerator.device_name() == "cpu":
@@ -60,14 +75,20 @@ def start() -> World:
             )
         accelerator.set_device(local_rank)
         device = torch.device(accelerator.device_name(local_rank))
-    join(accelerator.communication_backend_name())
+    timeout = None
+    if max_wait_minutes is not None:
+        timeout = timedelta(minutes=max_wait_minutes + 5) if max_wait_minutes else timedelta(days=365)
+    store = join(accelerator.communication_backend_name(), timeout)
     deepspeed.init_distributed(dist_backend=accelerator.communication_backend_name(), verbose=False)
-    return World(dist.get_rank(), dist.get_world_size(), device, dist.new_group(backend="gloo"))
+    host_group = dist.new_group(backend="gloo", timeout=timeout)
+    return World(dist.get_rank(), dist.get_world_size(), device, host_group, store)
 
 
-def stop() -> None:
-    """Leave the process group."""
-    if dist.is_initialized():
+def stop(world: World | None = None) -> None:
+    """Leave the process group; with `world`, together with the other ranks: see `leave`."""
+    if world is not None:
+        leave(world.store)
+    elif dist.is_initialized():
         dist.destroy_process_group()
 
 
@@ -114,6 +135,7 @@ class Engine:
 
     Attributes:
         step_applied: False after a step that was left out: see `step`.
+        ds_config: what DeepSpeed was told in the end.
     """
 
     looking = False  # whether the step that DeepSpeed takes now looks at the gradient's norm
@@ -142,6 +164,10 @@ class Engine:
         self._shapes = {name: p.shape for name, p in self._trained.items()}
         self._stage_3 = ds_config["zero_optimization"]["stage"] == 3
         exact = {name: p.detach().clone() for name, p in self._trained.items()}
+        # DeepSpeed fills a buffer of so many numbers at each step: by itself 5e8, whatever the model's size.
+        num_parameters = sum(p.numel() for p in self._trained.values())
+        zero_config = {"reduce_bucket_size": min(num_parameters, MAX_BUCKET), **ds_config["zero_optimization"]}
+        self.ds_config = {**ds_config, "zero_optimization": zero_config}
         scales = {p: (lr_scale or {}).get(name, 1.0) for name, p in self._trained.items()}
         groups = parameter_groups(model.parameters(), weight_decay, scales)
         for group in groups:
@@ -156,7 +182,7 @@ class Engine:
                 optimizer=self._adamw,
                 # a group's lr is its lr_scale: the multiplier is the rate. DeepSpeed steps it once an optimizer step.
                 lr_scheduler=lambda wrapped: torch.optim.lr_scheduler.LambdaLR(wrapped, lr_at),
-                config=ds_config,
+                config=self.ds_config,
             )
         self._states_of = [
             p for group in self._adamw.param_groups for p in group["params"]
@@ -214,8 +240,16 @@ class Engine:
             state[name] = full.detach().float().cpu().clone()
         return state
 
-    def optimizer_state(self) -> dict[str, torch.Tensor]:
+    @property
+    def holds_all(self) -> bool:
+        """Whether this rank has all weights and moments itself."""
+        return self.world.world_size == 1 or self._engine.optimizer is self._adamw
+
+    def optimizer_state(self, *, alone: bool = False) -> dict[str, torch.Tensor]:
         """Both moments of each weight, whole and fp32, and every rank's random states, on rank 0's CPU. Collective.
+
+        Args:
+            alone: without the random states, and not collective, where this rank `holds_all`.
 
         Nothing in it depends on how many ranks there are or how ZeRO divides the optimizer among them.
         """
@@ -228,7 +262,7 @@ class Engine:
                 if self.world.is_main:
                     state[f"{moment}.{name}"] = full.detach().cpu()
         mine = {**random_states(self.world.device), **self._streams.states()}
-        for rank, random in enumerate(self.world.gather(mine)):
+        for rank, random in enumerate([] if alone else self.world.gather(mine)):
             state.update({f"random_{kind}.{rank}": tensor for kind, tensor in random.items()})
         return state
 

@@ -119,7 +119,7 @@ class Taps(nn.Module):
 
     def __call__(self, images: torch.Tensor, visible: torch.Tensor | None = None) -> dict[Place, torch.Tensor]:
         """`forward`; of hooks only its parts' run: ZeRO-3's, on every module, want strings as keys of a dict."""
-        return self.forward(images, visible)
+        return self.forward(images) if visible is None else self.forward(images, visible)
 
     def forward(self, images: torch.Tensor, visible: torch.Tensor | None = None) -> dict[Place, torch.Tensor]:
         """The tensors by place, in the order of `places`.

@@ -213,7 +213,7 @@ def build_task(config: DistillConfig, world: "World", checkpoint: Path | None) -
     from tinymim_fast.random_streams import RandomStreams
     from tinymim_fast.targets.distiller import JointDistiller, distinct
     from tinymim_fast.tasks.build_students import build_students, info_of
-    from tinymim_fast.training.task import Task, train_view
+    from tinymim_fast.training.task import Frozen, Task, train_view
 
     with flags(source="output_dir"):
         began = describe(checkpoint) if checkpoint is not None else None
@@ -250,6 +250,8 @@ def build_task(config: DistillConfig, world: "World", checkpoint: Path | None) -
     except ValueError as error:
         raise InputError(f"got {config.loss_backend}: {error}", argument="loss_backend") from error
 
+    settings = {"teacher_precision": precision, "attention": config.attention, "compile": config.compile}
+
     def prepare(views: "Views") -> "Views":
         teacher_view, student_view = views
         with record_function("teacher"), streams.of("teacher") if config.teacher_drop_path else nullcontext():
@@ -276,5 +278,6 @@ def build_task(config: DistillConfig, world: "World", checkpoint: Path | None) -
         lr_scale={name: built.lr_scale for built in students for name in built.scaled_names()},
         streams=streams,
         kept={"teacher_checkpoint": which_teacher(config)},
+        frozen=None if config.teacher_drop_path else Frozen(teacher, dtype_t, settings),
         regions=(*whole_blocks(model), *(whole_blocks(teacher) if precision != "int8" else ())),
     )
