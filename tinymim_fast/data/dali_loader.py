@@ -42,7 +42,7 @@ def batches(
     prefetch: int,
     dali_kwargs: Mapping[str, float],
 ) -> Iterator[tuple[torch.Tensor, ...]]:
-    """Views (B, 3, S, S) on `device` for each batch number.
+    """Views (B, 3, S, S) and labels, if any, on `device` for each batch number.
 
     `workers` threads decode, at least one; `dali_kwargs`: see `build_loader`.
 
@@ -211,22 +211,8 @@ def _saturate_on_cpu(image: np.ndarray, factor: np.ndarray) -> np.ndarray:
     return np.asarray(ImageEnhance.Color(Image.fromarray(image)).enhance(float(factor)))
 
 
-@pipeline_def(enable_conditionals=True)
-def _train_graph(
-    source: Iterable,
-    plan: TrainPlan,
-    normalize: dict,
-    decoder: dict,
-    threads: ThreadPoolExecutor | None,
-):
-    num_parameters = 3 + (2 * _NUM_STAGES if plan.view.num_views == 2 else 0)
-    encoded, size, start, shape, flip, *jitter = _inputs(source, num_parameters)
-    image = _decode_crop(encoded, size, start, shape, decoder)
-    image = _resize(image, types.Constant(np.full(2, plan.view.img_size, dtype=np.float32)), threads)
-    teacher_view = fn.crop_mirror_normalize(image, mirror=flip, **normalize)
-    if plan.view.num_views == 1:
-        return teacher_view
-    for order, factor in zip(jitter[:_NUM_STAGES], jitter[_NUM_STAGES:]):
+def _jitter(image, orders: Sequence, factors: Sequence, threads: ThreadPoolExecutor | None):
+    for order, factor in zip(orders, factors):
         # a condition on a per-sample value splits the batch, so each sample pays for its own operation only
         if order == BRIGHTNESS:
             image = fn.brightness_contrast(image, brightness=factor, brightness_shift=_TRUNCATE / 255)
@@ -240,7 +226,43 @@ def _train_graph(
             )
         else:
             image = _saturate(image, factor, threads)
-    return teacher_view, fn.crop_mirror_normalize(image, mirror=flip, **normalize)
+    return image
+
+
+@pipeline_def(enable_conditionals=True)
+def _train_graph(
+    source: Iterable,
+    plan: TrainPlan,
+    normalize: dict,
+    decoder: dict,
+    threads: ThreadPoolExecutor | None,
+):
+    view, labels = plan.view, ()
+    num_changes = 2 * _NUM_STAGES if view.is_jittered else int(view.is_changed)
+    encoded, size, start, shape, flip, *changes = _inputs(source, 3 + num_changes + view.labels)
+    if view.labels:
+        labels = (changes.pop(),)
+    image = _decode_crop(encoded, size, start, shape, decoder)
+    image = _resize(image, types.Constant(np.full(2, view.img_size, dtype=np.float32)), threads)
+    views = [fn.crop_mirror_normalize(image, mirror=flip, **normalize)]
+    if view.is_jittered:
+        image = _jitter(image, changes[:_NUM_STAGES], changes[_NUM_STAGES:], threads)
+        views.append(fn.crop_mirror_normalize(image, mirror=flip, **normalize))
+    elif view.is_changed:  # what shifts and turns comes after the flip
+        image = _rand_augment(fn.flip(image, horizontal=flip), changes[0], plan.rand_augment, threads)
+        views.append(fn.crop_mirror_normalize(image, **normalize))
+    return (*views[-view.num_views :], *labels)
+
+
+def _rand_augment(image, augment, rand_augment: RandAugment, threads: ThreadPoolExecutor | None):
+    """timm's pictures, by PIL in threads; on a GPU DALI's operations, which differ as docs/finetuning.md lists."""
+
+    def on_cpu(picture: np.ndarray, row: np.ndarray) -> np.ndarray:
+        return np.asarray(rand_augment.apply(Image.fromarray(picture), *row))
+
+    if threads is None:
+        return rand_augment_on_gpu(image, augment, rand_augment)
+    return _on_cpu(on_cpu, threads, image, augment)
 
 
 @pipeline_def

@@ -19,6 +19,7 @@ from tinymim_fast.data.errors import ImageError
 from tinymim_fast.data.headers import Verdict
 from tinymim_fast.data.index import ImageIndex
 from tinymim_fast.data.plan import CenterCrops, EvalPlan, TrainPlan
+from tinymim_fast.data.views import TrainView
 
 _AHEAD = 1  # batches that are being read while DALI takes one; DALI's own queue comes behind it
 
@@ -117,18 +118,21 @@ def _as_ppm(index: ImageIndex, sample_id: int, encoded: np.ndarray) -> np.ndarra
 def _parameters(plan: TrainPlan | EvalPlan, number: int, read_ids: np.ndarray) -> tuple[np.ndarray, ...]:
     """The parameters of a batch as arrays (n, ...)."""
     params = plan.params(number, read_ids)
-    return (
-        _eval_parameters(params) if isinstance(params, CenterCrops) else _train_parameters(params, plan.view.num_views)
-    )
+    if isinstance(params, CenterCrops):
+        return _eval_parameters(params)
+    labels = (plan.labels(read_ids),) if plan.view.labels else ()
+    return (*_train_parameters(params, plan.view), *labels)
 
 
-def _train_parameters(draws: ViewDraws, num_views: int) -> tuple[np.ndarray, ...]:
+def _train_parameters(draws: ViewDraws, view: TrainView) -> tuple[np.ndarray, ...]:
     crop = (np.stack([draws.top, draws.left], axis=1), np.stack([draws.height, draws.width], axis=1))  # (n, 2) each
     parameters = (*crop, draws.flip.astype(np.int32))
-    if num_views == 1:
-        return parameters
-    order = np.ascontiguousarray(draws.jitter_order.T)  # (stages, n)
-    return (*parameters, *order, *np.take_along_axis(draws.jitter.T, order, axis=0).astype(np.float32))
+    if view.is_jittered:
+        order = np.ascontiguousarray(draws.jitter_order.T)  # (stages, n)
+        return (*parameters, *order, *np.take_along_axis(draws.jitter.T, order, axis=0).astype(np.float32))
+    if view.is_changed:
+        return (*parameters, np.stack([draws.augment.operations, draws.augment.arguments], axis=1))  # (n, 2, layers)
+    return parameters
 
 
 def _eval_parameters(crops: CenterCrops) -> tuple[np.ndarray, ...]:

@@ -35,13 +35,13 @@ _BICUBIC = F.InterpolationMode.BICUBIC
 
 
 class _TrainBatches(Dataset):
-    """Micro-batch number -> its views, uint8 tensors (B, 3, S, S), on the CPU, and what is known to be bad by now."""
+    """Micro-batch number -> views, uint8 (B, 3, S, S), labels where wanted, on the CPU, and what is bad by now."""
 
     def __init__(self, plan: TrainPlan, bad_files: BadFiles):
         self.plan, self.bad_files = plan, bad_files  # a worker has its own copy of the ledger
 
     def __getitem__(self, number: int) -> tuple[tuple[torch.Tensor, ...], dict[int, str]]:
-        plan, size, samples = self.plan, [self.plan.view.img_size] * 2, []
+        plan, view, size, samples = self.plan, self.plan.view, [self.plan.view.img_size] * 2, []
         read_ids, params = self._whose(number)
         for i in range(len(read_ids)):
             while (image := self._read(int(read_ids[i]))) is None:
@@ -51,12 +51,17 @@ class _TrainBatches(Dataset):
             if params.flip[i]:
                 image = F.hflip(image)
             views = [image]
-            if plan.view.num_views == 2:
+            if view.is_jittered:
                 for operation in params.jitter_order[i]:
                     image = _JITTER[operation](image, float(params.jitter[i, operation]))
-                views.append(image)
-            samples.append([F.pil_to_tensor(view) for view in views])
-        return tuple(torch.stack(view) for view in zip(*samples)), dict(self.bad_files.reasons)
+            elif view.is_changed:
+                image = plan.rand_augment.apply(image, params.augment.operations[i], params.augment.arguments[i])
+            views.append(image)
+            samples.append([F.pil_to_tensor(picture) for picture in views[-view.num_views :]])
+        batch = [torch.stack(pictures) for pictures in zip(*samples)]
+        if view.labels:
+            batch.append(torch.from_numpy(plan.labels(read_ids)))
+        return tuple(batch), dict(self.bad_files.reasons)
 
     def _whose(self, number: int) -> tuple[np.ndarray, ViewDraws]:
         read_ids = self.plan.read_ids(number, self.bad_files)
@@ -99,7 +104,7 @@ def batches(
     workers: int,
     **options,
 ) -> Iterator[tuple[torch.Tensor, ...]]:
-    """Views (B, 3, S, S) on `device` for each batch number; `workers` processes, 0 for none.
+    """Views (B, 3, S, S) and labels, if any, on `device` for each batch number; `workers` processes, 0 for none.
 
     Workers that are killed from outside are replaced; what they had begun is made again.
 
@@ -165,11 +170,14 @@ def _batches(
     scale = torch.tensor([1 / (255 * s) for s in plan.view.std], device=device).view(3, 1, 1)
     shift = torch.tensor([-m / s for m, s in zip(plan.view.mean, plan.view.std)], device=device).view(3, 1, 1)
     try:
-        for views, bad in loader:  # uint8, a quarter of the bytes for workers to send
+        for batch, bad in loader:  # pictures as uint8, a quarter of the bytes for workers to send
             if is_train:
                 bad_files.update(bad)
-            views = (torch.addcmul(shift, view.to(device, non_blocking=True), scale) for view in views)
-            yield tuple(view.to(plan.view.dtype) for view in views)
+            batch = [part.to(device, non_blocking=True) for part in batch]
+            yield tuple(
+                torch.addcmul(shift, part, scale).to(plan.view.dtype) if part.dtype == torch.uint8 else part
+                for part in batch
+            )
     except DataError as error:  # a worker's comes with its traceback in front
         raise DataError(re.split(r"\b(?:Data|Image)Error: ", str(error.args[0]))[-1].strip()) from None
     finally:

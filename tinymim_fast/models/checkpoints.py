@@ -1,8 +1,9 @@
 """Checkpoint formats in and out.
 
 A checkpoint of this package is a folder with `model.safetensors`: fp32 weights in timm's names, and a JSON description
-in the file's metadata under "tinymim_fast" (`ModelInfo`). Training adds optimizer state beside it; an export adds
-timm's `config.json`. What other files hold: weights_file.py, official.py.
+in the file's metadata under "tinymim_fast" (`ModelInfo`). Training adds optimizer state beside it, and, where it
+averages its weights, the average as `model_ema.safetensors`, which is what whoever reads the folder gets; an export
+adds timm's `config.json`. What other files hold: weights_file.py, official.py.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from tinymim_fast.models.weights_file import FileContent, check_finite, find_enc
 
 logger = logging.getLogger("tinymim_fast")
 WEIGHTS = "model.safetensors"
+EMA_WEIGHTS = "model_ema.safetensors"
 TIMM_CONFIG = "config.json"
 STEP_NAME = re.compile(r"step_\d{8}")
 METADATA_KEY = "tinymim_fast"
@@ -40,9 +42,9 @@ NOT_NEEDED = ("norm.", "fc_norm.", "head.", "head_dist.")
 NOT_ENCODER = ("decoder_", "mask_token", *NOT_NEEDED)
 
 
-def save_weights(folder: Path, state: Mapping[str, torch.Tensor], info: ModelInfo) -> None:
-    """`folder/model.safetensors`, for `files.whole_folder` to sync."""
-    path = folder / WEIGHTS
+def save_weights(folder: Path, state: Mapping[str, torch.Tensor], info: ModelInfo, name: str = WEIGHTS) -> None:
+    """`folder/name`, for `files.whole_folder` to sync."""
+    path = folder / name
     tensors = {k: v.detach().to("cpu").contiguous() for k, v in state.items()}
     safetensors.torch.save_file(tensors, path, {"format": "pt", METADATA_KEY: json.dumps(asdict(info))})
 
@@ -67,7 +69,7 @@ def find_weights(source: Path) -> Path:
 
     Args:
         source: a run's output folder (its newest checkpoint), a checkpoint or export folder, a timm model folder, or a
-            file.
+            file. Of a folder with an average of the weights (EMA) it is that one.
 
     Raises:
         InputError: there is none, argument "source".
@@ -76,7 +78,8 @@ def find_weights(source: Path) -> Path:
     if (path / "checkpoints").is_dir():
         path = latest_checkpoint(path) or path
     if path.is_dir():
-        path = next((path / name for name in (WEIGHTS, "pytorch_model.bin") if (path / name).is_file()), path / WEIGHTS)
+        names = (EMA_WEIGHTS, WEIGHTS, "pytorch_model.bin")
+        path = next((path / name for name in names if (path / name).is_file()), path / WEIGHTS)
     if not path.is_file():
         held = f"; this folder holds {_listed(source)}" if source.is_dir() else ""
         raise InputError(
@@ -107,6 +110,7 @@ def load_encoder(
     model_kwargs: Mapping[str, Any] | None = None,
     img_size: int | None = None,
     key: str | None = None,
+    classifier: bool = False,
 ) -> tuple[VisionTransformer, ModelInfo]:
     """A whole encoder with its weights, fp32 on the CPU, and what it is.
 
@@ -118,6 +122,7 @@ def load_encoder(
         img_size: side of the square input, pixels; absolute position embeddings are resampled to it. Default: the
             file's.
         key: of several models in one file, the one below this key.
+        classifier: whether final norm and head must be there too; see `classifier.load_classifier`.
 
     Raises:
         InputError: unreadable, weights of another architecture (names the first key that differs and both shapes),
@@ -146,7 +151,7 @@ def load_encoder(
             shape_of = create_vit(info.architecture, **kwargs)
     check_heads(shape_of, info.head_layout.get("num_heads", []), source)
     resized = img_size is not None or "img_size" in asked
-    _fit(shape_of, state, source=source, name=info.architecture, resize=resized)
+    _fit(shape_of, state, source=source, name=info.architecture, resize=resized, classifier=classifier)
     check_finite(state, path)
     vit = create_vit(info.architecture, **kwargs)
     load_state(vit, state, source=source, name=info.architecture)
@@ -169,7 +174,7 @@ def restore(vit: VisionTransformer, checkpoint: Path) -> None:
         InputError: unreadable, not finite, or of another model (argument "source"); other numbers of heads (argument
             "model_kwargs").
     """
-    state, info = read_weights(checkpoint)
+    state, info = read_weights(checkpoint / WEIGHTS)
     check_finite(state, checkpoint)
     if info is not None:
         check_heads(vit, info.head_layout.get("num_heads", []), checkpoint)
@@ -187,7 +192,13 @@ def load_state(vit: VisionTransformer, state: Mapping[str, torch.Tensor], *, sou
 
 
 def _fit(
-    vit: VisionTransformer, state: Mapping[str, torch.Tensor], *, source: str, name: str, resize: bool = True
+    vit: VisionTransformer,
+    state: Mapping[str, torch.Tensor],
+    *,
+    source: str,
+    name: str,
+    resize: bool = True,
+    classifier: bool = False,
 ) -> dict[str, torch.Tensor]:
     """What of `state` goes into `vit`, position embeddings resampled with `resize`; raises where it doesn't fit."""
 
@@ -200,7 +211,7 @@ def _fit(
     if resize and embed is not None and "pos_embed" in wanted and embed.shape != wanted["pos_embed"].shape:
         state["pos_embed"] = _resample(embed, vit)
     for key, tensor in wanted.items():
-        if key not in state and not key.startswith(NOT_NEEDED):
+        if key not in state and (classifier or not key.startswith(NOT_NEEDED)):
             raise refused(f"it lacks {key}, {tuple(tensor.shape)}")
         if key in state and state[key].shape != tensor.shape:
             raise refused(f"{key} is {tuple(state[key].shape)} in the file, {tuple(tensor.shape)} in the model")

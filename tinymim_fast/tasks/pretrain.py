@@ -66,7 +66,7 @@ def build_task(config: PretrainConfig, world: "World", checkpoint: Path | None) 
     import torch
 
     from tinymim_fast.models.attention import use_attention
-    from tinymim_fast.models.checkpoints import read_weights
+    from tinymim_fast.models.checkpoints import WEIGHTS, read_weights
     from tinymim_fast.models.mae import MaskedAutoencoder
     from tinymim_fast.models.model_info import ModelInfo
     from tinymim_fast.models.vit import check_heads, create_vit, head_layout, keep_batch_norm_fp32, whole_blocks
@@ -85,7 +85,7 @@ def build_task(config: PretrainConfig, world: "World", checkpoint: Path | None) 
         norm_pix_loss=config.norm_pix_loss,
     )
     if checkpoint is not None:
-        saved, info = read_weights(checkpoint)
+        saved, info = read_weights(checkpoint / WEIGHTS)
         with flags(source="output_dir"):
             check_finite(saved, checkpoint)
         if info is not None:
