@@ -70,14 +70,28 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
-def parameter_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
-    """AdamW groups: no decay on 1-D parameters (biases, norms, LayerScale), as in MAE and TinyMIM."""
-    decay, no_decay = [], []
+def parameter_groups(
+    parameters: Iterable[nn.Parameter], weight_decay: float, lr_scale: Mapping[nn.Parameter, float] | None = None
+) -> list[dict[str, Any]]:
+    """AdamW groups: no decay on 1-D parameters (biases, norms, LayerScale), as in MAE and TinyMIM.
+
+    Args:
+        parameters: those that require no gradient are left out.
+        weight_decay: of the others.
+        lr_scale: factors on the learning rate, 1 where there is none; "lr_scale" of a group, as in timm.
+    """
+    by_scale: dict[float, tuple[list[nn.Parameter], list[nn.Parameter]]] = {}
     for parameter in parameters:
         if parameter.requires_grad:
+            scale = 1.0 if lr_scale is None else lr_scale.get(parameter, 1.0)
+            decay, no_decay = by_scale.setdefault(scale, ([], []))
             (decay if parameter.ndim > 1 else no_decay).append(parameter)
-    groups = [{"params": decay, "weight_decay": weight_decay}, {"params": no_decay, "weight_decay": 0.0}]
-    return [g for g in groups if g["params"]]
+    return [
+        {"params": members, "weight_decay": decay, "lr_scale": scale}
+        for scale, of_scale in by_scale.items()
+        for members, decay in zip(of_scale, (weight_decay, 0.0), strict=True)
+        if members
+    ]
 
 
 class Engine:
@@ -90,6 +104,7 @@ class Engine:
         lr_at: learning rate by optimizer step.
         weight_decay: of AdamW, see `parameter_groups`.
         opt_betas: AdamW's.
+        lr_scale: factors on the learning rate by parameter's name; 1 for those that are not named.
         seed: of the random numbers of a continuation whose own can't be restored.
         regions: modules of `model` that are compiled: ZeRO-3 gathers the weights of one at once, no hooks inside.
 
@@ -110,6 +125,7 @@ class Engine:
         lr_at: Callable[[int], float],
         weight_decay: float = 0.05,
         opt_betas: tuple[float, float] = (0.9, 0.95),
+        lr_scale: Mapping[str, float] | None = None,
         seed: int = 0,
         regions: Iterable[nn.Module] = (),
     ):
@@ -122,7 +138,10 @@ class Engine:
         self._shapes = {name: p.shape for name, p in self._trained.items()}
         self._stage_3 = ds_config["zero_optimization"]["stage"] == 3
         exact = {name: p.detach().clone() for name, p in self._trained.items()}
-        groups = parameter_groups(model.parameters(), weight_decay)
+        scales = {p: (lr_scale or {}).get(name, 1.0) for name, p in self._trained.items()}
+        groups = parameter_groups(model.parameters(), weight_decay, scales)
+        for group in groups:
+            group["lr"] = group["lr_scale"]  # the schedule multiplies it
         self._adamw = torch.optim.AdamW(groups, lr=1.0, betas=opt_betas, fused=True)
         for region in regions:
             set_z3_leaf_module(region, True)
@@ -131,7 +150,7 @@ class Engine:
                 model=model,
                 model_parameters=list(self._trained.values()),
                 optimizer=self._adamw,
-                # lr=1 above: the multiplier is the rate. DeepSpeed steps it once an optimizer step.
+                # a group's lr is its lr_scale: the multiplier is the rate. DeepSpeed steps it once an optimizer step.
                 lr_scheduler=lambda wrapped: torch.optim.lr_scheduler.LambdaLR(wrapped, lr_at),
                 config=ds_config,
             )
@@ -150,8 +169,8 @@ class Engine:
 
     @property
     def lr(self) -> float:
-        """Learning rate of the next optimizer step."""
-        return self._engine.get_lr()[0]
+        """Learning rate of the next optimizer step, of parameters whose `lr_scale` is 1."""
+        return self._lr_at(self._engine.lr_scheduler.last_epoch)
 
     def backward(self, loss: torch.Tensor) -> None:
         """Add this micro-batch's gradient, divided by the accumulation steps; ranks are averaged on the way."""
@@ -256,11 +275,11 @@ class Engine:
         """Schedule and moments, zero, of an optimizer that took `step` steps."""
         scheduler, lr = self._engine.lr_scheduler, self._lr_at(step)
         scheduler.load_state_dict(
-            {**scheduler.state_dict(), "last_epoch": step, "_last_lr": [lr] * len(scheduler.base_lrs)}
+            {**scheduler.state_dict(), "last_epoch": step, "_last_lr": [lr * scale for scale in scheduler.base_lrs]}
         )
         self._engine.global_steps = step
         for group in self._adamw.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_scale"]
         for parameter in self._states_of:
             self._adamw.state[parameter] = {
                 "step": torch.tensor(float(step), device=parameter.device),

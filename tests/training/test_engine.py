@@ -26,9 +26,9 @@ def users_file(tmp_path, content):
     return path
 
 
-def make_engine(model, world, **changes):
+def make_engine(model, world, lr_scale=None, **changes):
     ds_config = deepspeed_config(BatchPlan(micro_batch_size=64), **settings(**changes))
-    return Engine(model, ds_config, world, lr_at=lr_at, weight_decay=0.1)
+    return Engine(model, ds_config, world, lr_at=lr_at, weight_decay=0.1, lr_scale=lr_scale)
 
 
 def test_own_configuration():
@@ -94,6 +94,17 @@ def test_no_decay_on_one_dimensional_parameters():
     assert none["weight_decay"] == 0.0
 
 
+def test_groups_by_factor_on_the_learning_rate():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.LayerNorm(4))
+    groups = parameter_groups(model.parameters(), 0.05, {model[0].bias: 0.5, model[1].weight: 0.5})
+    found = [(g["lr_scale"], g["weight_decay"], [id(p) for p in g["params"]]) for g in groups]
+    assert found == [
+        (1.0, 0.05, [id(model[0].weight)]),
+        (1.0, 0.0, [id(model[1].bias)]),
+        (0.5, 0.0, [id(model[0].bias), id(model[1].weight)]),
+    ]
+
+
 def network(width=5):
     torch.manual_seed(3)
     return torch.nn.Sequential(torch.nn.Linear(4, width), torch.nn.GELU(), torch.nn.Linear(width, 3))
@@ -110,24 +121,32 @@ def train_steps(engine, steps):
         engine.step()
 
 
+@pytest.mark.parametrize("lr_scale", [{}, {"2.weight": 0.5, "2.bias": 0.5, "0.bias": 3.0}], ids=["", "scaled"])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_state_is_that_of_adamw_and_goes_on_in_any_stage(world, tmp_path, stage):
+def test_state_is_that_of_adamw_and_goes_on_in_any_stage(world, tmp_path, stage, lr_scale):
     """Against PyTorch's AdamW without DeepSpeed, with another ZeRO stage after two of four steps."""
     plain = network()
-    adamw = torch.optim.AdamW(parameter_groups(plain.parameters(), 0.1), lr=0, betas=(0.9, 0.95))
+    adamw = torch.optim.AdamW(
+        [
+            {"params": [p], "weight_decay": 0.1 if p.ndim > 1 else 0.0, "name": name}
+            for name, p in plain.named_parameters()
+        ],
+        lr=0,
+        betas=(0.9, 0.95),
+    )
     for step in range(4):
         for group in adamw.param_groups:
-            group["lr"] = lr_at(step)
+            group["lr"] = lr_at(step) * lr_scale.get(group["name"], 1)
         plain(torch.randn(8, 4, generator=torch.Generator().manual_seed(step))).square().mean().backward()
         adamw.step()
         adamw.zero_grad()
 
-    first = make_engine(network(), world, bf16=False, zero_stage=stage)
+    first = make_engine(network(), world, lr_scale, bf16=False, zero_stage=stage)
     train_steps(first, range(2))
     save_state(tmp_path, first.optimizer_state(), {"step": 2, "note": "ä"})
     model = network()
     model.load_state_dict(first.trained_state())
-    second = make_engine(model, world, bf16=False, zero_stage=(stage + 1) % 4)
+    second = make_engine(model, world, lr_scale, bf16=False, zero_stage=(stage + 1) % 4)
     assert second.load(tmp_path) == {"step": 2, "note": "ä"} and second.lr == lr_at(2)
     train_steps(second, range(2, 4))
     state = second.optimizer_state()

@@ -110,6 +110,7 @@ def train(
                 lr_at=lr_schedule(config, steps_per_epoch),
                 weight_decay=config.weight_decay,
                 opt_betas=config.opt_betas,
+                lr_scale=task.lr_scale,
                 seed=config.seed,
                 regions=regions,
             )

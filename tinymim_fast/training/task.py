@@ -46,6 +46,7 @@ class Task:
         weights: the whole model's fp32 state in timm's names, from the engine's trained one.
         info: what the weights file says of itself; `step` and `epoch` are filled in.
         regions: modules, in `model` or called by `prepare`, that are compiled one by one where compiling is wanted.
+        lr_scale: factors on the learning rate by name in `model`, as timm's `lr_scale`; 1 for those not named.
         augment: what is done to the views of a micro-batch before, a pure function of them and of its number in the run;
             None for nothing.
         no_weight_decay: names in `model` of what is not decayed, beside 1-D parameters.
@@ -64,6 +65,7 @@ class Task:
     weights: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
     info: ModelInfo
     regions: tuple[nn.Module, ...] = ()
+    lr_scale: Mapping[str, float] = field(default_factory=dict)
     augment: Callable[[Views, int], Views] | None = None
     no_weight_decay: Container[str] = ()
     trained: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]] | None = None
