@@ -69,9 +69,23 @@ ARROWS = {  # room: what of tinymim_fast it may import, rooms or single modules
     "tinymim_fast/training/metrics.py": {"data.errors", "files"},
     "tinymim_fast/training/step.py": {"engine", "training.task"},
     "tinymim_fast/training/schedule.py": {"config"},
-    "tinymim_fast/tasks": {"tasks", "targets", "models", "training.task", "config", "distributed", "errors", "files"},
+    "tinymim_fast/tasks": {
+        *(
+            "tasks",
+            "targets",
+            "models",
+            "evaluation",
+            "data",
+            "training.task",
+            "config",
+            "distributed",
+            "errors",
+            "files",
+        )
+    },
     "tinymim_fast/train.py": {"tasks.distill", "training.program"},
     "tinymim_fast/pretrain.py": {"tasks.pretrain", "training.program"},
+    "tinymim_fast/finetune.py": {"tasks.finetune", "training.program"},
 }
 
 
@@ -88,7 +102,7 @@ def test_rooms_know_only_what_lies_before_them(room):
 def test_training_alone_knows_the_engine():
     """Models, data, targets and evaluation work without DeepSpeed; the demo starts training as a program."""
     assert importers_of("tinymim_fast.engine") == {
-        f"tinymim_fast/training/{name}.py" for name in ("checkpoint", "loop", "program", "step")
+        f"tinymim_fast/training/{name}.py" for name in ("checkpoint", "ema", "loop", "program", "step", "validation")
     }
 
 

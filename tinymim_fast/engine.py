@@ -10,7 +10,7 @@ import gc
 import io
 import json
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,10 @@ def stop() -> None:
 
 
 def parameter_groups(
-    parameters: Iterable[nn.Parameter], weight_decay: float, lr_scale: Mapping[nn.Parameter, float] | None = None
+    parameters: Iterable[nn.Parameter],
+    weight_decay: float,
+    lr_scale: Mapping[nn.Parameter, float] | None = None,
+    no_weight_decay: Container[nn.Parameter] = frozenset(),
 ) -> list[dict[str, Any]]:
     """AdamW groups: no decay on 1-D parameters (biases, norms, LayerScale), as in MAE and TinyMIM.
 
@@ -79,13 +82,15 @@ def parameter_groups(
         parameters: those that require no gradient are left out.
         weight_decay: of the others.
         lr_scale: factors on the learning rate, 1 where there is none; "lr_scale" of a group, as in timm.
+        no_weight_decay: a set of others that are not decayed.
     """
     by_scale: dict[float, tuple[list[nn.Parameter], list[nn.Parameter]]] = {}
     for parameter in parameters:
         if parameter.requires_grad:
             scale = 1.0 if lr_scale is None else lr_scale.get(parameter, 1.0)
             decay, no_decay = by_scale.setdefault(scale, ([], []))
-            (decay if parameter.ndim > 1 else no_decay).append(parameter)
+            decays = parameter.ndim > 1 and parameter not in no_weight_decay
+            (decay if decays else no_decay).append(parameter)
     return [
         {"params": members, "weight_decay": decay, "lr_scale": scale}
         for scale, of_scale in by_scale.items()
@@ -105,6 +110,7 @@ class Engine:
         weight_decay: of AdamW, see `parameter_groups`.
         opt_betas: AdamW's.
         lr_scale: factors on the learning rate by parameter's name; 1 for those that are not named.
+        no_weight_decay: names of parameters that are not decayed, beside 1-D ones.
         seed: of the random numbers of a continuation whose own can't be restored.
         regions: modules of `model` that are compiled: ZeRO-3 gathers the weights of one at once, no hooks inside.
 
@@ -126,6 +132,7 @@ class Engine:
         weight_decay: float = 0.05,
         opt_betas: tuple[float, float] = (0.9, 0.95),
         lr_scale: Mapping[str, float] | None = None,
+        no_weight_decay: Container[str] = (),
         seed: int = 0,
         regions: Iterable[nn.Module] = (),
     ):
@@ -139,7 +146,8 @@ class Engine:
         self._stage_3 = ds_config["zero_optimization"]["stage"] == 3
         exact = {name: p.detach().clone() for name, p in self._trained.items()}
         scales = {p: (lr_scale or {}).get(name, 1.0) for name, p in self._trained.items()}
-        groups = parameter_groups(model.parameters(), weight_decay, scales)
+        undecayed = {p for name, p in self._trained.items() if name in no_weight_decay}
+        groups = parameter_groups(model.parameters(), weight_decay, scales, undecayed)
         for group in groups:
             group["lr"] = group["lr_scale"]  # the schedule multiplies it
         self._adamw = torch.optim.AdamW(groups, lr=1.0, betas=opt_betas, fused=True)
@@ -201,14 +209,52 @@ class Engine:
         gradients = [p.grad for p in self._trained.values() if p.grad is not None]
         return bool(torch.stack(torch._foreach_norm(gradients)).isfinite().all())
 
-    def trained_state(self) -> dict[str, torch.Tensor]:
-        """fp32 master weights of what the optimizer trains, on the CPU. Collective."""
+    @property
+    def masters(self) -> list[torch.Tensor]:
+        """The fp32 weights that this rank's optimizer updates, where they lie: flat parts of all of them under ZeRO."""
+        return [p.detach() for p in self._states_of]
+
+    def trained_state(self, instead: Sequence[torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+        """fp32 master weights of what the optimizer trains, on the CPU. Collective.
+
+        Args:
+            instead: what to give in place of `masters`, a tensor for each, such as their average over steps.
+        """
         state = {}
-        for name, parameter in self._trained.items():
-            whole = parameter.dtype == torch.float32 and not self._stage_3
-            full = parameter if whole else safe_get_full_fp32_param(parameter)
-            state[name] = full.detach().float().cpu().clone()
+        with contextlib.nullcontext() if instead is None else self._exchanged(instead):
+            for name, parameter in self._trained.items():
+                whole = parameter.dtype == torch.float32 and not self._stage_3 and instead is None
+                full = None if whole else safe_get_full_fp32_param(parameter)  # None without ZeRO
+                state[name] = (parameter if full is None else full).detach().float().cpu().clone()
         return state
+
+    def scatter(self, state: Mapping[str, torch.Tensor], into: Sequence[torch.Tensor]) -> None:
+        """The other way: from whole weights by name to a tensor for each of `masters`. Collective.
+
+        Raises:
+            InputError: a weight is missing or of another shape.
+        """
+        with self._exchanged(into):
+            for name, parameter in self._trained.items():
+                if name not in state or state[name].shape != self._shapes[name]:
+                    raise InputError(f"{name} is missing, or not {tuple(self._shapes[name])}")
+                if self._engine.optimizer is self._adamw:
+                    parameter.data.copy_(state[name])
+                self._set(parameter, state[name])
+            for tensor, master in zip(into, self.masters, strict=True):
+                tensor.copy_(master)
+
+    @contextlib.contextmanager
+    def _exchanged(self, tensors: Sequence[torch.Tensor]) -> Iterator[None]:
+        """Inside the with block the master weights are others; 16-bit weights stay."""
+        kept = [master.clone() for master in self.masters]
+        try:
+            for master, tensor in zip(self.masters, tensors, strict=True):
+                master.copy_(tensor)
+            yield
+        finally:
+            for master, value in zip(self.masters, kept, strict=True):
+                master.copy_(value)
 
     def optimizer_state(self) -> dict[str, torch.Tensor]:
         """Both moments of each weight, whole and fp32, and every rank's random states, on rank 0's CPU. Collective.

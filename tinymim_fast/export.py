@@ -30,8 +30,9 @@ def export(
 ) -> bool:
     """Write `out/model.safetensors` (fp32, timm's names) and `out/config.json` (timm's, with "tinymim_fast" added).
 
-    Both carry the head layout and the recipe, so nothing about the model has to be remembered; the config has the
-    mean, standard deviation, size and crop of the images that the model expects. `out` appears whole or not at all.
+    Both carry the head layout, the recipe and a classifier's class names, so nothing about the model has to be
+    remembered; the config has the mean, standard deviation, size and crop of the images that the model expects, and the
+    class names as timm's `label_names`. `out` appears whole or not at all.
 
     Args:
         checkpoint: see `load_encoder`, as `model`, `model_kwargs` and `key`.
@@ -60,7 +61,7 @@ def export(
             save_for_hf(
                 vit,
                 str(temporary),
-                model_config={"tinymim_fast": asdict(info)},
+                model_config={"tinymim_fast": asdict(info), "label_names": info.class_names},
                 model_args=args,
                 safe_serialization=True,
                 data_config={**asdict(expects), "input_size": (3, img_size, img_size)},

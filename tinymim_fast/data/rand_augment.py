@@ -15,6 +15,9 @@ import torch
 from PIL import Image
 from timm.data import auto_augment
 
+# Which number of a matrix is the argument, and whether it counts sides of the picture.
+_MOVES = {"ShearX": (1, False), "ShearY": (3, False), "TranslateXRel": (2, True), "TranslateYRel": (5, True)}
+
 
 @dataclass(frozen=True, eq=False)
 class AugmentDraws:
@@ -88,6 +91,28 @@ class RandAugment:
         of_level = self._argument_of[operation][negated]
         return 0.0 if operation < 0 or of_level is None else of_level(magnitude, self._ops[operation].hparams)[0]
 
+    def matrices(self, draws: AugmentDraws, size: int) -> np.ndarray:
+        """(n, L, 6) float64, where a pixel of the changed picture comes from: `x' = a x + b y + c, y' = d x + e y + f`.
+
+        As PIL takes them: coordinates of pixels' centres in pixels, (0.5, 0.5) the first. The identity for operations
+        that move nothing.
+
+        Args:
+            draws: what is done.
+            size: side of the square pictures, pixels.
+        """
+        found = np.tile(np.array([1.0, 0, 0, 0, 1, 0]), (*draws.operations.shape, 1))
+        for number, name in enumerate(self.names):
+            here, value = draws.operations == number, draws.arguments[draws.operations == number]
+            if name == "Rotate":
+                cos, sin, half = np.cos(np.radians(value)), np.sin(np.radians(value)), size / 2
+                shift = half - half * cos
+                found[here] = np.stack([cos, -sin, shift + half * sin, sin, cos, shift - half * sin], axis=1)
+            elif name in _MOVES:
+                at, scale = _MOVES[name]
+                found[here, at] = value * (size if scale else 1)
+        return found
+
     def apply(self, image: Image.Image, operations: np.ndarray, arguments: np.ndarray) -> Image.Image:
         """The image after all layers.
 
@@ -101,7 +126,10 @@ class RandAugment:
                 continue
             op = self._ops[operation]
             number = int(argument) if argument.is_integer() else argument  # tables and numbers of bits want integers
-            image = op.aug_fn(image, *(() if op.level_fn is None else (number,)), **op.kwargs)
+            if op.aug_fn is auto_augment.posterize and number < 1:
+                image = Image.new("RGB", image.size)  # as older Pillows had it: newer ones refuse to keep no bit
+            else:
+                image = op.aug_fn(image, *(() if op.level_fn is None else (number,)), **op.kwargs)
         return image
 
 

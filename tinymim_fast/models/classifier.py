@@ -15,10 +15,10 @@ from timm.models.vision_transformer import VisionTransformer
 from timm.optim import param_groups_layer_decay
 from torch import nn
 
-from tinymim_fast.errors import InputError
+from tinymim_fast.errors import InputError, flags
 from tinymim_fast.models.checkpoints import WEIGHTS, load_encoder, load_state, read_weights, restore
 from tinymim_fast.models.model_info import ModelInfo
-from tinymim_fast.models.vit import create_vit, head_layout, init_mae_style
+from tinymim_fast.models.vit import create_vit, head_layout, init_mae_style, set_num_heads
 
 logger = logging.getLogger("tinymim_fast")
 HEADS = ("head.", "head_dist.")
@@ -39,7 +39,7 @@ class Classifier:
         global_pool: "avg", the mean over patches and `fc_norm` behind it, or "token", the class token behind `norm`.
         num_heads: other numbers of heads than the source's, one for all blocks or one for each; None: the source's.
         drop_path: rate in the last block; it grows from 0 in the first, linearly with depth.
-        head_init_std: of the new head's weights, cut off at two of them; its biases are 0.
+        head_init_std: of the new head's weights; its biases are 0.
         distilled: a distillation token and a second head for it (DeiT, arXiv 2012.12877).
     """
 
@@ -86,15 +86,13 @@ def create_classifier(wanted: Classifier) -> tuple[VisionTransformer, ModelInfo]
     if wanted.distilled:
         name, pool = _with_distillation_token(name), "token"
     kwargs |= {"img_size": wanted.img_size, "num_classes": wanted.num_classes, "global_pool": pool}
+    vit = create_vit(name, **kwargs, drop_path_rate=wanted.drop_path)
     if wanted.num_heads is not None:
-        logger.warning("%s: heads changed from %s to %s", wanted.source, kwargs.get("num_heads"), wanted.num_heads)
-        kwargs["num_heads"] = wanted.num_heads if isinstance(wanted.num_heads, int) else list(wanted.num_heads)
-    try:
-        vit = create_vit(name, **kwargs, drop_path_rate=wanted.drop_path)
-    except InputError as error:
-        if wanted.num_heads is not None and error.argument == "model_kwargs":
-            error.argument = "num_heads"
-        raise
+        heads = [wanted.num_heads] * len(vit.blocks) if isinstance(wanted.num_heads, int) else list(wanted.num_heads)
+        logger.warning("%s: heads changed from %s to %s", wanted.source, head_layout(vit)["num_heads"], heads)
+        with flags(model_kwargs="num_heads"):
+            set_num_heads(vit, heads)
+        kwargs["num_heads"] = _short(heads)
     if encoder is None:
         init_mae_style(vit, pos_embed="learn" if vit.embed_dim % 4 else "sincos")
         if vit.pos_embed is not None:
@@ -256,7 +254,9 @@ def _short(heads: Sequence[int]) -> int | list[int]:
 def _with_distillation_token(name: str) -> str:
     """timm's model of the same shape with a distillation token."""
     bare = name.split(".")[0]
-    distilled = bare if "_distilled_" in bare else bare.replace("vit_", "deit_", 1).replace("_patch", "_distilled_patch")
+    distilled = (
+        bare if "_distilled_" in bare else bare.replace("vit_", "deit_", 1).replace("_patch", "_distilled_patch")
+    )
     try:
         with torch.device("meta"):
             fits = isinstance(create_vit(distilled, img_size=224), VisionTransformerDistilled)

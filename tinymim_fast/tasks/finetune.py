@@ -118,7 +118,9 @@ class FinetuneConfig(RunConfig):
         heads = self.num_heads if isinstance(self.num_heads, tuple) else (self.num_heads or 1,)
         self._check("num_heads", len(heads) > 0 and min(heads) > 0, "numbers above 0")
         self._check("num_classes", self.num_classes is None or self.num_classes > 1, "2 or more")
-        self._check("validation_batch_size", self.validation_batch_size is None or self.validation_batch_size > 0, "> 0")
+        self._check(
+            "validation_batch_size", self.validation_batch_size is None or self.validation_batch_size > 0, "> 0"
+        )
         for name in ("drop_path", "smoothing", "model_ema_decay"):
             self._check(name, 0 <= getattr(self, name) < 1, "0 to less than 1")
         for name in ("reprob", "mixup_prob", "mixup_switch_prob", "color_jitter"):

@@ -11,6 +11,7 @@ from tinymim_fast.errors import flags
 if TYPE_CHECKING:
     import torch
 
+    from tinymim_fast.data import ImageIndex
     from tinymim_fast.distributed import World
     from tinymim_fast.training.task import Task
 
@@ -52,13 +53,16 @@ class PretrainConfig(RunConfig):
         )
 
 
-def build_task(config: PretrainConfig, world: "World", checkpoint: Path | None) -> "Task":
+def build_task(
+    config: PretrainConfig, world: "World", checkpoint: Path | None, images: "ImageIndex | None" = None
+) -> "Task":
     """A masked autoencoder.
 
     Args:
         config: of the run.
         world: this process.
         checkpoint: to take the weights from; None for fresh ones, from torch's random numbers.
+        images: to train on; no task here depends on them.
 
     Raises:
         InputError: a model or checkpoint that can't be used.

@@ -30,7 +30,7 @@ REASONS = (*(number.name for number in SIGNALS), MAX_TIME, ORPHANED)
 SAY_S = 60  # of waiting for data
 LOOK_S = 1.0  # between two looks at the launcher
 WAIT_S = 10  # for data or at the start, after a signal
-STEP_S = 120  # of a step that doesn't end, after a signal
+STEP_S = 120  # of a step or a batch of validation that doesn't end, after a signal
 
 
 class StopRequests:
@@ -96,7 +96,7 @@ class StopRequests:
             raise self._terminated_at_start()
 
     def now(self, what: str) -> None:
-        """The run begins to do this: "training", "saving" or "waiting for data"."""
+        """The run begins to do this: "training", "validating", "saving" or "waiting for data"."""
         self._doing, self._doing_since = what, time.monotonic()
 
     @contextlib.contextmanager
@@ -137,7 +137,7 @@ class StopRequests:
             doing, since = self._doing, self._doing_since
             waited = time.monotonic() - since
             if asked_at is not None and doing != "saving":
-                limit = STEP_S if doing == "training" else WAIT_S
+                limit = STEP_S if doing in ("training", "validating") else WAIT_S
                 if time.monotonic() - max(asked_at, since) > limit:
                     self._end(f"{prog}: stopped by {name} after {limit} s of {doing}")
             if doing != "waiting for data":

@@ -47,8 +47,8 @@ class Task:
         info: what the weights file says of itself; `step` and `epoch` are filled in.
         regions: modules, in `model` or called by `prepare`, that are compiled one by one where compiling is wanted.
         lr_scale: factors on the learning rate by name in `model`, as timm's `lr_scale`; 1 for those not named.
-        augment: what is done to the views of a micro-batch before, a pure function of them and of its number in the run;
-            None for nothing.
+        augment: what is done to the views of a micro-batch before, a pure function of them and of its number in the
+            run; None for nothing.
         no_weight_decay: names in `model` of what is not decayed, beside 1-D parameters.
         trained: what `weights` was made of, from what it made; wanted with `ema_decay` alone.
         ema_decay: of an average of the weights over steps; None: no average is kept.

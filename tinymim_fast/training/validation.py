@@ -7,8 +7,6 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from tinymim_fast.distributed import World
 from tinymim_fast.engine import Engine
 from tinymim_fast.files import write_text
