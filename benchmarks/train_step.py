@@ -126,7 +126,7 @@ def by_formula(
     """Loss and gradient of the patch embedding by the formula, in one dtype throughout: for each of `dtypes`."""
     torch.manual_seed(config.seed)
     student = build_task(replace(config, attention="math"), world, None).model.student.to(world.device).eval()
-    teacher, _, heads = build_teacher(config)
+    teacher, _, heads, _ = build_teacher(config)
     teacher.to(world.device).eval()
     results = []
     for dtype in dtypes:  # fp64 first holds what fp32 was

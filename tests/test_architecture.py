@@ -46,8 +46,8 @@ ARROWS = {  # room: what of tinymim_fast it may import, rooms or single modules
     "tinymim_fast/data": {"data", "batches", "errors", "files"},
     "tinymim_fast/models": {"models", "errors", "files"},
     "tinymim_fast/targets": {"targets", "models", "kernels", "errors"},
-    "tinymim_fast/evaluation": {"evaluation", "models", "data", "errors"},
-    "tinymim_fast/evaluate.py": {"evaluation", "models", "data.views", "distributed", "errors", "checkpoint_flags"},
+    "tinymim_fast/evaluation": {"evaluation", "models", "data", "errors", "files"},
+    "tinymim_fast/evaluate.py": {"evaluation", "models", "data", "distributed", "errors", "checkpoint_flags"},
     "tinymim_fast/export.py": {"models", "errors", "files", "checkpoint_flags"},
     "tinymim_fast/engine.py": {"distributed", "errors"},
     "tinymim_fast/deepspeed_config.py": {"batches", "errors"},
@@ -67,7 +67,7 @@ ARROWS = {  # room: what of tinymim_fast it may import, rooms or single modules
         )
     },
     "tinymim_fast/training/metrics.py": {"data.errors", "files"},
-    "tinymim_fast/training/step.py": {"engine", "training.task"},
+    "tinymim_fast/training/step.py": {"engine", "training.task", "training.agreement"},
     "tinymim_fast/training/schedule.py": {"config"},
     "tinymim_fast/tasks": {
         *(
@@ -82,6 +82,12 @@ ARROWS = {  # room: what of tinymim_fast it may import, rooms or single modules
             "errors",
             "files",
         )
+    },
+    "tinymim_fast/stages.py": set(),
+    "tinymim_fast/chain_report.py": {"config", "files", "models.checkpoints", "training.metrics"},
+    "tinymim_fast/chain.py": {
+        *("chain_report", "config", "errors", "files", "models", "stages", "targets", "tasks.distill", "yaml_files"),
+        *("training.checkpoint", "training.lock", "training.resume", "training.stop"),
     },
     "tinymim_fast/train.py": {"tasks.distill", "training.program"},
     "tinymim_fast/pretrain.py": {"tasks.pretrain", "training.program"},

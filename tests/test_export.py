@@ -52,7 +52,7 @@ def test_an_export_is_a_teacher_that_offers_its_relation_heads(run, image_folder
     flags = distill_flags(
         image_folder, tmp_path / "out", tmp_path / "next", teacher_model=None, teacher_model_kwargs="{}"
     )
-    _, block, heads = distill.build_teacher(parse(distill.DistillConfig, flags, "p"))
+    _, block, heads, _ = distill.build_teacher(parse(distill.DistillConfig, flags, "p"))
     assert (block, heads) == (3, 6)
 
 

@@ -9,7 +9,7 @@ their modules import for type checkers.
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from difflib import get_close_matches
@@ -79,7 +79,8 @@ class RunConfig:
         max_nonfinite: steps that "skip" may leave out in a whole run; one more ends it.
         verify_checkpoints: compare a checkpoint with its checksums before going on from it; reads it twice.
         max_time: minutes from the program's start after which the run saves and stops with code 75; 0: none.
-        max_wait: minutes that one micro-batch may be waited for, after which the run ends with code 75; 0: any time.
+        max_wait: minutes that one micro-batch may be waited for, after which the run saves and ends with code 75; 0:
+            any time.
         resume: "auto" continues what `output_dir` holds; "none" starts anew and refuses a folder with checkpoints.
         tensorboard: write event files to `output_dir/tensorboard`.
     """
@@ -282,21 +283,44 @@ def _normalise(argv: Sequence[str], names: Sequence[str]) -> list[str]:
             continue
         at = i if value else i + 1
         name = value or (args[at] if at < len(args) else "")
-        if name and not Path(name).is_file():
-            packaged = RECIPES / f"{name}.yaml"
-            if not packaged.is_file():
-                known = ", ".join(sorted(p.stem for p in RECIPES.glob("*.yaml")))
-                raise InputError(f"--config: got {name}, want a YAML file or one of the recipes {known}")
-            args[at] = f"--config={packaged}" if value else str(packaged)
-            name = packaged
-        with flags(path="--config"):
-            keys = read_mapping(name) if name else {}
-        for key in keys:
-            if key not in names:
-                likely = get_close_matches(key.replace("-", "_"), names, n=1)
-                hint = f"; did you mean {likely[0]}?" if likely else ""
-                raise InputError(f"{name} has the key {key}, which no run knows{hint}", argument="--config")
+        with flags(path="--config", name="--config"):
+            if name and not Path(name).is_file():
+                name = find_recipe(name, RECIPES)
+                args[at] = f"--config={name}" if value else str(name)
+            check_keys(read_mapping(name) if name else {}, names, name)
     return args
+
+
+def find_recipe(name: str, folder: Path) -> Path:
+    """The file that `name` names: itself, or a packaged recipe of `folder`.
+
+    Raises:
+        InputError: neither; argument "name".
+    """
+    packaged = folder / f"{name}.yaml"
+    found = next((path for path in (Path(name), packaged) if path.is_file()), None)
+    if found is None:
+        known = ", ".join(sorted(p.stem for p in folder.glob("*.yaml")))
+        raise InputError(f"got {name}, want a YAML file or one of the recipes {known}", argument="name")
+    return found
+
+
+def check_keys(keys: Iterable[str], names: Sequence[str], of: object) -> None:
+    """Refuse keys that are none of `names`.
+
+    Args:
+        keys: given.
+        names: known.
+        of: what has the keys, for the message.
+
+    Raises:
+        InputError: names the first that is unknown and the one that is likely meant; argument "path".
+    """
+    for key in keys:
+        if key not in names:
+            likely = get_close_matches(key.replace("-", "_"), names, n=1)
+            hint = f"; did you mean {likely[0]}?" if likely else ""
+            raise InputError(f"{of} has the key {key}, which no run knows{hint}", argument="path")
 
 
 def _plain(value: Any) -> Any:

@@ -6,7 +6,6 @@ python -m tinymim_fast.demo --output-dir DIR
 from __future__ import annotations
 
 import argparse
-import re
 import subprocess
 import sys
 import time
@@ -14,76 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tinymim_fast.errors import EXIT_INPUT, InputError
+from tinymim_fast.stages import Stages, launch, tell_failure
 
-HERE = Path(__file__).parent
 NUM_STAGES = 5
 PICTURED, NUM_QUERIES = "val/star/00005.jpg", 4  # whose relations are drawn, and of how many of its patches
-SHOWN_ON_FAILURE = 15  # lines of the log
-STEP = re.compile(r"step (\d+)/(\d+) .*?\bloss (\S+)")
-
-
-class Stages:
-    """What is going on, said on standard output: a numbered line a stage, and on a terminal its progress."""
-
-    def __init__(self) -> None:
-        self._number = 0
-        self._live = sys.stdout.isatty()
-
-    def begin(self, what: str) -> None:
-        """Say what the next stage does."""
-        self._number += 1
-        self._quarters = 0
-        self._line, self._began = f"[{self._number}/{NUM_STAGES}] {what}", time.monotonic()
-        print(self._line, end=" ... " if self._live else "\n", flush=True)
-
-    def progress(self, done: int, total: int, loss: str) -> None:
-        """A bar on a terminal; elsewhere a line a quarter, so that a log is not full of bars."""
-        where = f"step {done}/{total}, loss {loss}"
-        if self._live:
-            filled = 20 * done // total
-            print(f"\r\033[K{self._line}  [{'#' * filled:.<20}] {where}", end="", flush=True)
-        elif 4 * done // total > self._quarters:
-            self._quarters = 4 * done // total
-            print(f"      {where}", flush=True)
-
-    def end(self, result: str = "") -> None:
-        """Say what came of the stage and how long it took; on a terminal in the stage's own line."""
-        start = f"\r\033[K{self._line}: " if self._live else "      "
-        seconds = f"{time.monotonic() - self._began:.0f} s"
-        print(start + (f"{result}, {seconds}" if result else seconds), flush=True)
-
-
-def launch(stages: Stages, log: Path, program: str, recipe: str, *flags: str) -> None:
-    """`deepspeed tinymim_fast/PROGRAM --config RECIPE ...`, on one device; its output goes to `log`.
-
-    Raises:
-        subprocess.CalledProcessError: it failed.
-    """
-    from tinymim_fast.distributed import free_port
-
-    deepspeed = Path(sys.executable).parent / "deepspeed"
-    launcher = [str(deepspeed), "--num_accelerators=1", f"--master_port={free_port()}"]
-    command = [*launcher, str(HERE / program), "--config", recipe, *flags]
-    result = "finished before"
-    with open(log, "a", encoding="utf-8", errors="backslashreplace") as file:
-        print("$", *command, file=file, flush=True)
-        process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="backslashreplace"
-        )
-        try:
-            for line in process.stdout:
-                file.write(line)
-                file.flush()
-                if step := STEP.search(line):
-                    stages.progress(int(step[1]), int(step[2]), step[3])
-                    result = f"{step[2]} steps, loss {step[3]}"
-        except BaseException:
-            process.terminate()  # it saves, and the same command goes on from there
-            process.wait()
-            raise
-    if process.wait():
-        raise subprocess.CalledProcessError(process.returncode, command)
-    stages.end(result)
 
 
 def tell_story(stages: Stages, out: Path, log: Path) -> None:
@@ -104,11 +37,12 @@ def tell_story(stages: Stages, out: Path, log: Path) -> None:
     stages.end(f"{len(list(images.glob('train/*/*')))} to train on, {len(list(images.glob('val/*/*')))} to test with")
 
     stages.begin("pre-training the teacher, a masked autoencoder")
-    launch(stages, log, "pretrain.py", "demo_teacher", f"--data-path={images}", f"--output-dir={teacher}")
+    paths = (f"--data-path={images}", f"--output-dir={teacher}")
+    launch(stages, log, _one_device(), "pretrain.py", "--config=demo_teacher", *paths)
 
     stages.begin("distilling the student, half as wide, from the teacher's relations")
     paths = (f"--data-path={images}", f"--teacher-checkpoint={teacher}", f"--output-dir={student}")
-    launch(stages, log, "train.py", "demo_student", *paths)
+    launch(stages, log, _one_device(), "train.py", "--config=demo_student", *paths)
 
     stages.begin("comparing their features by k nearest neighbours")
     if not exported.exists():
@@ -135,6 +69,12 @@ def tell_story(stages: Stages, out: Path, log: Path) -> None:
     for name, run in (("teacher", teacher), ("student", student)):
         print(f"  loss, learning rate, images/s: {name:20s} {run / 'curves.png'}")
     print(f"\nIn timm: timm.create_model('local-dir:{exported}', pretrained=True)")
+
+
+def _one_device() -> tuple[str, str]:
+    from tinymim_fast.distributed import free_port
+
+    return "--num_accelerators=1", f"--master_port={free_port()}"
 
 
 def picture_relations(path: Path, image_file: Path, teacher: str, student: str) -> None:
@@ -206,16 +146,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         except OSError as error:
             raise InputError(f"{out}: can't be written: {error}", argument="--output-dir") from error
         print(f"Everything goes to {out}, what the programs say to {log}\n", flush=True)
-        tell_story(Stages(), out, log)
+        tell_story(Stages(NUM_STAGES), out, log)
     except InputError as error:
         print(f"\ndemo: {error}", file=sys.stderr)
         return EXIT_INPUT
     except subprocess.CalledProcessError as error:
-        last = log.read_text(encoding="utf-8", errors="backslashreplace").splitlines()[-SHOWN_ON_FAILURE:]
-        code = error.returncode if error.returncode > 0 else 128 - error.returncode
-        print(f"\n\ndemo: the program ended with code {code}. The last lines of {log}:\n", file=sys.stderr)
-        print(*(f"  {line}" for line in last), sep="\n", file=sys.stderr)
-        return code
+        return tell_failure("demo", "the program", error, log)
     print(f"{time.monotonic() - began:.0f} s")
     return 0
 

@@ -35,7 +35,7 @@ from deepspeed.utils import (
 )
 from torch import nn
 
-from tinymim_fast.distributed import World, complete_environment, join, seed_rank
+from tinymim_fast.distributed import World, complete_environment, join, random_states, seed_rank, set_random_states
 from tinymim_fast.errors import InputError
 
 STATE = "optimizer.safetensors"
@@ -269,7 +269,7 @@ class Engine:
                     full = self._adamw.state[parameter][moment]
                 if self.world.is_main:
                     state[f"{moment}.{name}"] = full.detach().cpu()
-        for rank, random in enumerate(self.world.gather(_random_states(self.world.device))):
+        for rank, random in enumerate(self.world.gather(random_states(self.world.device))):
             state.update({f"random_{kind}.{rank}": tensor for kind, tensor in random.items()})
         return state
 
@@ -338,14 +338,13 @@ class Engine:
             zero._lazy_init_hp_params_optimizer_state()
 
     def _restore_random_states(self, saved: Mapping[str, torch.Tensor], step: int) -> None:
-        kinds = _random_states(self.world.device)
+        kinds = random_states(self.world.device)
         wanted = {f"random_{kind}.{rank}" for kind in kinds for rank in range(self.world.world_size)}
         if wanted != set(saved):
             seed_rank(self._seed, step, self.world.rank)
             return
-        torch.set_rng_state(saved[f"random_cpu.{self.world.rank}"])
-        if "cuda" in kinds:
-            torch.cuda.set_rng_state(saved[f"random_cuda.{self.world.rank}"], self.world.device)
+        mine = {kind: saved[f"random_{kind}.{self.world.rank}"] for kind in kinds}
+        set_random_states(mine, self.world.device)
 
 
 def save_state(folder: Path, state: Mapping[str, torch.Tensor], client_state: Mapping[str, Any]) -> None:
@@ -394,10 +393,3 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         gc.unfreeze()
-
-
-def _random_states(device: torch.device) -> dict[str, torch.Tensor]:
-    states = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state(device)
-    return states

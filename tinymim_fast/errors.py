@@ -52,3 +52,7 @@ class NonFiniteLossError(RuntimeError):
 
 class Terminated(Exception):
     """SIGTERM arrived; a checkpoint was saved."""
+
+
+class DataLate(Exception):
+    """A batch was waited for too long, by the rule of whoever waits."""

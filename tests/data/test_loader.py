@@ -107,6 +107,30 @@ def test_without_jitter_both_views_are_equal(drawn_index, loader_name):
             assert torch.equal(teacher_view, student_view)
 
 
+def test_each_view_has_its_own_mean_and_std(drawn_index, loader_name):
+    """Against the views of one mean and standard deviation, undone and done anew."""
+    teacher = {"teacher_mean": (0.5, 0.4, 0.3), "teacher_std": (0.5, 0.25, 0.125)}
+    mean, std, mean_t, std_t = (
+        torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD, *teacher.values())
+    )
+    with train_loader(drawn_index, loader_name) as one, train_loader(drawn_index, loader_name, **teacher) as two:
+        for (teacher_view, student_view), (own, same) in zip(one.batches(0, 2), two.batches(0, 2)):
+            assert torch.equal(student_view, same)
+            torch.testing.assert_close(own, (teacher_view * std + mean - mean_t) / std_t, rtol=0, atol=1e-5)
+
+
+def test_the_students_view_may_have_another_size(drawn_index, loader_name):
+    """Each view is that of a loader whose views have its size: the same crops, flips and jitter."""
+    with (
+        train_loader(drawn_index, loader_name, student_img_size=80) as both,
+        train_loader(drawn_index, loader_name) as of_teacher,
+        train_loader(drawn_index, loader_name, img_size=80) as of_student,
+    ):
+        for found, first, second in zip(both.batches(0, 2), of_teacher.batches(0, 2), of_student.batches(0, 2)):
+            assert torch.equal(found[0], first[0]) and torch.equal(found[1], second[1])
+            assert found[1].shape[-2:] == (80, 80)
+
+
 def test_one_view_is_the_teachers(drawn_index, loader_name):
     with (
         train_loader(drawn_index, loader_name) as two,

@@ -98,19 +98,18 @@ def test_fresh_weights_are_those_that_a_student_starts_with():
 
 @pytest.mark.parametrize("pool", ["avg", "token"])
 def test_layer_decay_is_beits_formula(uneven, pool):
-    """`decay ** (layers above)`: BEiT's and MAE's numbering, written out; timm's for the norm before a class token."""
+    """`decay ** (layers above)`, BEiT's and MAE's numbering written out; the norm before a class token is timm's."""
     vit, _ = create_classifier(wanted(uneven, global_pool=pool))
     scales = layer_scales(vit, 0.5)
     assert scales.keys() == dict(vit.named_parameters()).keys()
-    top = 4 if pool == "avg" else 5
     for name, scale in scales.items():
         if name.startswith("blocks."):
             layer = 1 + int(name.split(".")[1])
         elif name.startswith(("cls_token", "pos_embed", "patch_embed")):
             layer = 0
         else:
-            layer = 4 if name.startswith("norm.") else top
-        assert scale == 0.5 ** (top - layer), name
+            layer = 3 if name.startswith("norm.") else 4
+        assert scale == 0.5 ** (4 - layer), name
 
 
 def test_freezing(uneven):
@@ -152,7 +151,7 @@ def test_a_classifier_is_read_back_with_its_class_names(tmp_path):
 
 
 def test_what_is_no_classifier_is_refused(uneven, tmp_path):
-    with pytest.raises(InputError, match=r"source: .*has no classifier, only an encoder; fine-tune it first"):
+    with pytest.raises(InputError, match=r"metric: .*has no classifier, so no accuracy of its own"):
         load_classifier(str(uneven))
     save_classifier(tmp_path)
     import safetensors.torch

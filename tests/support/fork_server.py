@@ -185,7 +185,7 @@ def main() -> None:
     import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  deepspeed.initialize imports it: 1 s
     import matplotlib.figure  # noqa: F401
 
-    for module in ("train", "pretrain", "finetune", "evaluate", "export"):
+    for module in ("train", "pretrain", "finetune", "evaluate", "export", "chain"):
         importlib.import_module(f"tinymim_fast.{module}")
     gc.freeze()
     request = serve(socket.socket(fileno=int(sys.argv[1])))

@@ -81,16 +81,16 @@ def main() -> int:
         train_and_record(world, Path(path), int(rest[0]), rest[1:])
         engine.stop()
         return 0
-    accuracy = knn.knn_accuracy
+    correct = knn.knn_correct
 
-    def keep(train_part, val_part):
+    def keep(train_part, val_part, **options):
         np.savez(
             path,
             **{f"{s}_{k}": t for s, pair in (("train", train_part), ("val", val_part)) for k, t in zip("xy", pair)},
         )
-        return accuracy(train_part, val_part)
+        return correct(train_part, val_part, **options)
 
-    with patched(knn, knn_accuracy=keep):
+    with patched(knn, knn_correct=keep):
         return evaluate.main(rest)
 
 

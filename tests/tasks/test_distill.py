@@ -103,7 +103,7 @@ def test_a_teachers_other_heads_are_refused_by_flag(uneven, image_folder, world,
 def test_the_loss_is_the_formula_of_uneven_models(uneven, teacher_file, image_folder, tmp_path):
     """Student and teacher in fp64 through `relation_kl`'s formula, heads as consecutive groups of channels."""
     config = parse(distill.DistillConfig, uneven_flags(image_folder, teacher_file, tmp_path / "run"), "p")
-    teacher, _, heads = distill.build_teacher(config)
+    teacher, _, heads, _ = distill.build_teacher(config)
     torch.manual_seed(0)
     student = create_vit("vit_tiny_patch16_224", img_size=32, **UNEVEN)
     init_mae_style(student, pos_embed="sincos")

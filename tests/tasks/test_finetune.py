@@ -62,26 +62,19 @@ def test_what_is_validated_is_what_is_saved(whole, image_folder):
     """The last record's numbers, from the files: of the weights and of their average."""
     from tinymim_fast.data import find_images
     from tinymim_fast.data.views import EvalView
-    from tinymim_fast.evaluation.classification import count_correct
+    from tinymim_fast.evaluation.classification import top_accuracies
+    from tinymim_fast.evaluation.ranks import Share
 
-    record = read_metrics(whole)[-1]
-    view = EvalView(img_size=32, resize_size=37)
+    record, images = read_metrics(whole)[-1], find_images(image_folder, split="val", workers=1)
+    view, share = EvalView(img_size=32, resize_size=37), Share(torch.device("cpu"), 16, 1, loader="torchvision")
     for source, suffix in ((whole, "_ema"), (latest_checkpoint(whole) / WEIGHTS, "")):
         vit, info = load_classifier(str(source))
-        images = find_images(image_folder, split="val", workers=1)
         assert info.class_names == list(images.class_names) and info.expects.resize_size(32) == 37
-        counts = count_correct(
-            vit.eval(),
-            images,
-            view,
-            batch_size=16,
-            workers=1,
-            loader="torchvision",
-            device=torch.device("cpu"),
-            bf16=True,
-        )
-        assert counts.images == NUM_VAL
-        assert counts.metrics == {name: record[name + suffix] for name in ("top1", "top5", "val_loss")}
+        with torch.autocast("cpu", torch.bfloat16):
+            found = top_accuracies(vit.eval(), images, view, share)
+        assert found["num_images"] == NUM_VAL
+        for name, value in (("top1", "top1"), ("top5", "top5"), ("loss", "val_loss")):
+            assert found[name] == record[value + suffix]
 
 
 def test_the_average_is_timms_of_the_saved_weights(world, image_folder, tmp_path):

@@ -8,7 +8,7 @@ views agree with PIL and torchvision up to rounding.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -28,6 +28,7 @@ from tinymim_fast.data.dali_source import KINDS, DaliSource
 from tinymim_fast.data.draws import BRIGHTNESS, CONTRAST
 from tinymim_fast.data.errors import DataError, ImageError, name_some
 from tinymim_fast.data.plan import EvalPlan, TrainPlan
+from tinymim_fast.data.threads import Readers
 
 if TYPE_CHECKING:  # timm, of which most loaders need nothing
     from tinymim_fast.data.rand_augment import RandAugment
@@ -52,10 +53,11 @@ def batches(
     workers: int,
     prefetch: int,
     dali_kwargs: Mapping[str, float],
+    waiting: Callable[[], None],
 ) -> Iterator[tuple[torch.Tensor, ...]]:
     """Views (B, 3, S, S) and labels, if any, on `device` for each batch number.
 
-    `workers` threads decode, at least one; `dali_kwargs`: see `build_loader`.
+    `workers` threads decode, at least one; `dali_kwargs` and `waiting`: see `build_loader`.
 
     Raises:
         DataError: a file can't be decoded in evaluation, or hardly any in training; names it.
@@ -68,12 +70,15 @@ def batches(
         return (_train_graph if isinstance(plan, TrainPlan) else _eval_graph)(
             source=source,
             plan=plan,
-            normalize={
-                "mean": [255 * m for m in plan.view.mean],
-                "std": [255 * s for s in plan.view.std],
-                "output_layout": "CHW",
-                "dtype": _DTYPES[plan.view.dtype],
-            },
+            normalize=[
+                {
+                    "mean": [255 * m for m in mean],
+                    "std": [255 * s for s in std],
+                    "output_layout": "CHW",
+                    "dtype": _DTYPES[plan.view.dtype],
+                }
+                for mean, std in plan.view.normalisations
+            ],
             decoder={**_DECODE_OPTIONS, "device": "mixed" if is_gpu else "cpu", **decoder},
             threads=None if is_gpu else threads,
             device_id=device.index if is_gpu else None,
@@ -82,7 +87,7 @@ def batches(
         )
 
     num_threads = max(1, workers)
-    with ThreadPoolExecutor(num_threads, "tinymim_fast") as threads:
+    with closing(Readers(num_threads, waiting)) as threads:
         source = DaliSource(plan, bad_files, threads, num_threads, queue["prefetch_queue_depth"] + 2)
         done = 0
         while done < len(numbers):  # once, and again after each batch with a file that can't be decoded
@@ -188,7 +193,7 @@ def _decode_crop(encoded, size, start, shape, decoder: dict):
 
 
 @do_not_convert  # by enable_conditionals
-def _on_cpu(function: Callable, threads: ThreadPoolExecutor, image, parameter):
+def _on_cpu(function: Callable, threads: Readers, image, parameter):
     """`function(image, parameter)` of each sample, in threads; DALI itself would call it for one after another."""
 
     def each(images, parameters):
@@ -197,7 +202,7 @@ def _on_cpu(function: Callable, threads: ThreadPoolExecutor, image, parameter):
     return fn.python_function(image, parameter, function=each, batch_processing=True, output_layouts="HWC")
 
 
-def _resize(image, size, threads: ThreadPoolExecutor | None):
+def _resize(image, size, threads: Readers | None):
     """Cubic and antialiased, to (height, width); DALI's own costs 1.9 ms of CPU time an image more (NOTES.md)."""
     if threads is None:
         return fn.resize(image, size=size, interp_type=types.INTERP_CUBIC, antialias=True)
@@ -210,7 +215,7 @@ def _resize_on_cpu(image: np.ndarray, size: np.ndarray) -> np.ndarray:
     return resized.permute(0, 2, 3, 1)[0].numpy()
 
 
-def _saturate(image, factor, threads: ThreadPoolExecutor | None):
+def _saturate(image, factor, threads: Readers | None):
     """x <- f x + (1 - f) grey(x); as a matrix on a GPU, on the CPU by PIL in a sixth of that time."""
     if threads is None:
         identity, grey = types.Constant(np.eye(3, dtype=np.float32)), types.Constant(np.tile(_GREY, (3, 1)))
@@ -233,7 +238,7 @@ def _contrast(image, factor):
     return fn.brightness_contrast(image, contrast=factor, contrast_center=centre, brightness_shift=_TRUNCATE / 255)
 
 
-def _jitter(image, orders: Sequence, factors: Sequence, threads: ThreadPoolExecutor | None):
+def _jitter(image, orders: Sequence, factors: Sequence, threads: Readers | None):
     for order, factor in zip(orders, factors):
         # a condition on a per-sample value splits the batch, so each sample pays for its own operation only
         if order == BRIGHTNESS:
@@ -249,28 +254,30 @@ def _jitter(image, orders: Sequence, factors: Sequence, threads: ThreadPoolExecu
 def _train_graph(
     source: Iterable,
     plan: TrainPlan,
-    normalize: dict,
+    normalize: Sequence[dict],
     decoder: dict,
-    threads: ThreadPoolExecutor | None,
+    threads: Readers | None,
 ):
-    view, labels = plan.view, ()
+    view, sizes, labels = plan.view, plan.view.sizes, ()
     num_changes = 2 * _NUM_STAGES if view.is_jittered else int(view.is_changed)
     encoded, size, start, shape, flip, *changes = _inputs(source, 3 + num_changes + view.labels)
     if view.labels:
         labels = (changes.pop(),)
-    image = _decode_crop(encoded, size, start, shape, decoder)
-    image = _resize(image, types.Constant(np.full(2, view.img_size, dtype=np.float32)), threads)
-    views = [fn.crop_mirror_normalize(image, mirror=flip, **normalize)]
+    crop = _decode_crop(encoded, size, start, shape, decoder)
+    image = _resize(crop, types.Constant(np.full(2, sizes[0], dtype=np.float32)), threads)
+    views = [fn.crop_mirror_normalize(image, mirror=flip, **normalize[0])]
+    if sizes[-1] != sizes[0]:
+        image = _resize(crop, types.Constant(np.full(2, sizes[-1], dtype=np.float32)), threads)
     if view.is_jittered:
         image = _jitter(image, changes[:_NUM_STAGES], changes[_NUM_STAGES:], threads)
-        views.append(fn.crop_mirror_normalize(image, mirror=flip, **normalize))
+        views.append(fn.crop_mirror_normalize(image, mirror=flip, **normalize[-1]))
     elif view.is_changed:  # what shifts and turns comes after the flip
         image = _rand_augment(fn.flip(image, horizontal=flip), changes[0], plan, threads)
-        views.append(fn.crop_mirror_normalize(image, **normalize))
+        views.append(fn.crop_mirror_normalize(image, **normalize[-1]))
     return (*views[-view.num_views :], *labels)
 
 
-def _rand_augment(image, rows, plan: TrainPlan, threads: ThreadPoolExecutor | None):
+def _rand_augment(image, rows, plan: TrainPlan, threads: Readers | None):
     """timm's pictures, by PIL in threads; on a GPU DALI's operations, which differ as docs/finetuning.md lists.
 
     Args:
@@ -324,12 +331,12 @@ def _rand_augment_on_cpu(rand_augment: RandAugment, image: np.ndarray, rows: np.
 def _eval_graph(
     source: Iterable,
     plan: EvalPlan,
-    normalize: dict,
+    normalize: Sequence[dict],
     decoder: dict,
-    threads: ThreadPoolExecutor | None,
+    threads: Readers | None,
 ):
     encoded, size, start, shape, resized, anchor = _inputs(source, 4)
     image = _decode_crop(encoded, size, start, shape, decoder)
     image = _resize(image, resized, threads)
     image = fn.slice(image, start=anchor, shape=[plan.view.img_size, plan.view.img_size], axes=[0, 1])
-    return fn.crop_mirror_normalize(image, **normalize)
+    return fn.crop_mirror_normalize(image, **normalize[0])

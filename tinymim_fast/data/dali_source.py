@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,6 +20,7 @@ from tinymim_fast.data.errors import ImageError
 from tinymim_fast.data.headers import Verdict
 from tinymim_fast.data.index import ImageIndex
 from tinymim_fast.data.plan import CenterCrops, EvalPlan, TrainPlan
+from tinymim_fast.data.threads import Readers
 from tinymim_fast.data.views import TrainView
 
 if TYPE_CHECKING:  # timm, of which most loaders need nothing
@@ -49,7 +50,7 @@ class DaliSource:
         self,
         plan: TrainPlan | EvalPlan,
         bad_files: BadFiles,
-        threads: ThreadPoolExecutor,
+        threads: Readers,
         num_threads: int,
         num_kept: int,
     ):
@@ -79,7 +80,7 @@ class DaliSource:
         return read_ids, [self._threads.submit(_read, self.plan.index, part) for part in parts]
 
     def _finish(self, number: int, read_ids: list[int], parts: list[Future]) -> tuple:
-        found = dict(zip(read_ids, (one for part in parts for one in part.result()), strict=True))
+        found = dict(zip(read_ids, (one for part in parts for one in self._threads.result(part)), strict=True))
         while True:
             bad = {i: one for i, one in found.items() if isinstance(one, ImageError)}
             if bad and isinstance(self.plan, EvalPlan):
@@ -89,7 +90,8 @@ class DaliSource:
             missing = [i for i in wanted.tolist() if i not in found]
             if not missing:
                 break
-            found.update(zip(missing, _read(self.plan.index, missing), strict=True))
+            reading = self._threads.submit(_read, self.plan.index, missing)
+            found.update(zip(missing, self._threads.result(reading), strict=True))
         encoded = [found[i] for i in wanted.tolist()]
         return encoded, self.plan.index.sizes[wanted], *_parameters(self.plan, number, wanted)
 

@@ -9,7 +9,7 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from functools import partial
 
@@ -24,6 +24,7 @@ from tinymim_fast.data.decode import one_line
 from tinymim_fast.data.draws import ViewDraws
 from tinymim_fast.data.errors import DataError, ImageError
 from tinymim_fast.data.plan import EvalPlan, TrainPlan
+from tinymim_fast.data.threads import Readers
 
 log = logging.getLogger(__name__)
 
@@ -41,16 +42,14 @@ class _TrainBatches(Dataset):
         self.plan, self.bad_files = plan, bad_files  # a worker has its own copy of the ledger
 
     def __getitem__(self, number: int) -> tuple[tuple[torch.Tensor, ...], dict[int, str]]:
-        plan, view, size, samples = self.plan, self.plan.view, [self.plan.view.img_size] * 2, []
+        plan, view, sizes, samples = self.plan, self.plan.view, self.plan.view.sizes, []
         read_ids, params = self._whose(number)
         for i in range(len(read_ids)):
             while (image := self._read(int(read_ids[i]))) is None:
                 read_ids, params = self._whose(number)  # only the i-th are others
             box = (int(params.top[i]), int(params.left[i]), int(params.height[i]), int(params.width[i]))
-            image = F.resized_crop(image, *box, size, interpolation=_BICUBIC)
-            if params.flip[i]:
-                image = F.hflip(image)
-            views = [image]
+            by_size = {size: _crop(image, box, size, params.flip[i]) for size in dict.fromkeys(sizes)}
+            views, image = [by_size[sizes[0]]], by_size[sizes[-1]]
             if view.is_jittered:
                 for operation in params.jitter_order[i]:
                     image = _JITTER[operation](image, float(params.jitter[i, operation]))
@@ -73,6 +72,11 @@ class _TrainBatches(Dataset):
         except ImageError as error:
             self.bad_files.add(sample_id, error.reason)
             return None
+
+
+def _crop(image: Image.Image, box: tuple[int, int, int, int], size: int, flip: bool) -> Image.Image:
+    image = F.resized_crop(image, *box, [size, size], interpolation=_BICUBIC)
+    return F.hflip(image) if flip else image
 
 
 class _EvalBatches(Dataset):
@@ -113,7 +117,7 @@ def batches(
         bad_files: the ledger.
         numbers: of the batches wanted.
         workers: processes.
-        options: `device`, and `prefetch` of each worker.
+        options: `device`, `prefetch` of each worker, `waiting`: see `build_loader`.
 
     Raises:
         DataError: a file can't be decoded in evaluation, or hardly any in training; names it. Or workers are killed
@@ -149,6 +153,7 @@ def _batches(
     device: torch.device,
     workers: int,
     prefetch: int,
+    waiting: Callable[[], None],
 ) -> Iterator[tuple[torch.Tensor, ...]]:
     is_train = isinstance(plan, TrainPlan)
     on_child = signal.getsignal(signal.SIGCHLD)
@@ -167,24 +172,33 @@ def _batches(
     # torch's handler raises wherever the training is when a worker dies; its queue tells too, in five seconds
     if threading.current_thread() is threading.main_thread() and on_child is not None:
         signal.signal(signal.SIGCHLD, on_child)
-    scale = torch.tensor([1 / (255 * s) for s in plan.view.std], device=device).view(3, 1, 1)
-    shift = torch.tensor([-m / s for m, s in zip(plan.view.mean, plan.view.std)], device=device).view(3, 1, 1)
+    affine = [_scale_and_shift(mean, std, device) for mean, std in plan.view.normalisations]
+    reader = Readers(1, waiting)  # a worker that hangs, or is stopped, may keep the loader itself from answering
     try:
-        for batch, bad in loader:  # pictures as uint8, a quarter of the bytes for workers to send
+        while (batch := reader.result(reader.submit(next, loader, None))) is not None:
+            parts, bad = batch  # pictures as uint8, a quarter of the bytes for workers to send
             if is_train:
                 bad_files.update(bad)
-            batch = [part.to(device, non_blocking=True) for part in batch]
-            yield tuple(
-                torch.addcmul(shift, part, scale).to(plan.view.dtype) if part.dtype == torch.uint8 else part
-                for part in batch
-            )
+            parts = [part.to(device, non_blocking=True) for part in parts]
+            views = (torch.addcmul(shift, view, scale) for view, (scale, shift) in zip(parts, affine))
+            yield (*(view.to(plan.view.dtype) for view in views), *parts[len(affine) :])
     except DataError as error:  # a worker's comes with its traceback in front
         raise DataError(re.split(r"\b(?:Data|Image)Error: ", str(error.args[0]))[-1].strip()) from None
     finally:
         if hasattr(loader, "_shutdown_workers"):  # now, not when the last traceback that holds it is dropped
-            loader._shutdown_workers()
+            if not reader.is_late:
+                loader._shutdown_workers()
             for worker in loader._workers:  # one that hangs in a read takes no other signal
                 worker.kill()
+        reader.close()
+
+
+def _scale_and_shift(
+    mean: Sequence[float], std: Sequence[float], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """a and b, (3, 1, 1), of a x + b, which normalises x of 0..255."""
+    scale = torch.tensor([1 / (255 * s) for s in std], device=device).view(3, 1, 1)
+    return scale, torch.tensor([-m / s for m, s in zip(mean, std)], device=device).view(3, 1, 1)
 
 
 def _end_with_parent(parent: int, _: int) -> None:

@@ -10,6 +10,7 @@ from tinymim_fast.data.errors import DataError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+Normalisation = tuple[tuple[float, float, float], tuple[float, float, float]]  # mean and standard deviation, of 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +33,9 @@ class TrainView:
             images.
         mean: per channel, of 1.
         std: per channel, of 1.
+        teacher_mean: of the first of two views, the teacher's; None: as `mean`.
+        teacher_std: of the first of two views; None: as `std`.
+        student_img_size: side of the second of two views, pixels; None: as `img_size`.
         dtype: float32 or float16.
     """
 
@@ -46,6 +50,9 @@ class TrainView:
     repeats: int = 1
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
+    teacher_mean: tuple[float, float, float] | None = None
+    teacher_std: tuple[float, float, float] | None = None
+    student_img_size: int | None = None
     dtype: torch.dtype = torch.float32
 
     @property
@@ -62,6 +69,19 @@ class TrainView:
     def is_jittered(self) -> bool:
         """Whether the changed view is jittered: not where RandAugment takes jitter's place."""
         return self.color_jitter is not None and self.rand_augment is None
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Side of each view, pixels."""
+        return (self.img_size, self.student_img_size or self.img_size)[: self.num_views]
+
+    @property
+    def normalisations(self) -> tuple[Normalisation, ...]:
+        """Mean and standard deviation of each view."""
+        own = self.mean, self.std
+        if self.num_views == 1:
+            return (own,)
+        return (self.teacher_mean or self.mean, self.teacher_std or self.std), own
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,3 +108,8 @@ class EvalView:
     def __post_init__(self) -> None:
         if self.resize_size < self.img_size:
             raise DataError(f"got {self.resize_size}, want at least img_size, {self.img_size}", argument="resize_size")
+
+    @property
+    def normalisations(self) -> tuple[Normalisation, ...]:
+        """Mean and standard deviation of the one view."""
+        return ((self.mean, self.std),)

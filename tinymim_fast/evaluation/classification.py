@@ -1,9 +1,8 @@
-"""How many images of a split a classifier gets right, shared among ranks."""
+"""Top-1 and top-5 accuracy of a classifier, each image counted once."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from timm.task.evaluator import ClassificationEvaluator
@@ -11,88 +10,64 @@ from torch import nn
 
 from tinymim_fast.data import ImageIndex, build_eval_loader
 from tinymim_fast.data.views import EvalView
+from tinymim_fast.evaluation.ranks import Share
 
 
-@dataclass(frozen=True)
-class Counts:
-    """What a classifier did with some images; counts of ranks add up.
-
-    Args:
-        images: how many there were.
-        top1: of those, whose class it put first.
-        top5: of those, whose class is among its first five.
-        loss_sum: sum of their cross-entropies, nats.
-    """
-
-    images: int = 0
-    top1: int = 0
-    top5: int = 0
-    loss_sum: float = 0.0
-
-    def __add__(self, other: Counts) -> Counts:
-        return Counts(
-            self.images + other.images,
-            self.top1 + other.top1,
-            self.top5 + other.top5,
-            self.loss_sum + other.loss_sum,
-        )
-
-    @property
-    def metrics(self) -> dict[str, float]:
-        """`val_loss`, nats, and `top1` and `top5` in per cent, as timm reports them."""
-        per_image = 1 / max(self.images, 1)
-        return {
-            "top1": 100 * self.top1 * per_image,
-            "top5": 100 * self.top5 * per_image,
-            "val_loss": self.loss_sum * per_image,
-        }
-
-
-@torch.inference_mode()
-def count_correct(
+def top_accuracies(
     model: nn.Module,
     index: ImageIndex,
     view: EvalView,
+    share: Share,
     *,
-    batch_size: int,
-    workers: int,
-    device: torch.device,
-    loader: str = "auto",
-    rank: int = 0,
-    world_size: int = 1,
-    bf16: bool = False,
+    outputs: Sequence[int] | None = None,
     stopping: Callable[[], bool] = lambda: False,
-) -> Counts:
-    """What a classifier does with this rank's part of a split.
+) -> dict[str, float]:
+    """Images, right ones among them, and the shares of those, over all processes; counted by timm.
 
     Args:
-        model: gives logits (B, classes); on `device`, in evaluation mode.
-        index: the images, and labels that are positions in the logits.
+        model: gives (B, classes) logits, on the share's device.
+        index: images, with labels that are positions in `outputs`.
         view: what is made of an image.
-        batch_size: images per forward pass of this rank.
-        workers: decoding threads or processes of this rank.
-        device: where the model is.
-        loader: see `build_eval_loader`.
-        rank: this process among all that share the images; each image comes once over all of them.
-        world_size: how many those are.
-        bf16: autocast to bf16.
-        stopping: asked before each batch; where it says so, the counts are of the batches before.
+        share: this process's part.
+        outputs: of the model's outputs, those that compete; None: all.
+        stopping: asked after each batch; where it says so, this process counts no further.
+
+    Returns:
+        `num_images`, `top1_correct` and `top5_correct`, counts; `top1` and `top5`, per cent; `loss`, the mean
+        cross-entropy, nats.
+
+    Raises:
+        InputError: an image that can't be decoded.
     """
-    counted = ClassificationEvaluator(device)
-    with build_eval_loader(
-        index,
-        view,
-        batch_size=batch_size,
-        loader=loader,
-        rank=rank,
-        world_size=world_size,
-        device=device,
-        workers=workers,
-    ) as batches:
-        for images, labels, _ in batches:
+
+    def count() -> ClassificationEvaluator:
+        evaluator = ClassificationEvaluator()
+        for logits, labels, _ in logits_of(model, index, view, share, outputs=outputs):
+            evaluator.update(logits, labels)
             if stopping():
                 break
-            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                logits = model(images)
-            counted.update(logits, labels)
-    return Counts(*counted.counts.tolist(), counted.loss_sum.item())
+        return evaluator
+
+    evaluator = share.on_all(count)
+    evaluator.counts, evaluator.loss_sum = share.total(evaluator.counts), share.total(evaluator.loss_sum)
+    num_images, top1, top5 = evaluator.counts.tolist()
+    return {"num_images": num_images, "top1_correct": top1, "top5_correct": top5, **evaluator.summary()}
+
+
+@torch.inference_mode()
+def logits_of(
+    model: nn.Module, index: ImageIndex, view: EvalView, share: Share, *, outputs: Sequence[int] | None = None
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Logits (B, outputs), labels (B,) and sample ids (B,) of this process's images, on the CPU, fp32.
+
+    Args:
+        model: see `top_accuracies`.
+        index: the images.
+        view: what is made of an image.
+        share: this process's part.
+        outputs: see `top_accuracies`.
+    """
+    with build_eval_loader(index, view, **share.loading) as loader:
+        for images, labels, sample_ids in loader:
+            logits = model(images).float().cpu()
+            yield logits if outputs is None else logits[:, outputs], labels.cpu(), sample_ids.cpu()

@@ -16,6 +16,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import safetensors.torch
 import timm
 import torch
@@ -103,6 +104,21 @@ def read_weights(source: Path) -> tuple[dict[str, torch.Tensor], ModelInfo | Non
     return content.tensors, _described(content, path)
 
 
+def describe(source: Path) -> ModelInfo | None:
+    """What `read_weights` gives, without the weights.
+
+    Raises:
+        InputError: see `read_weights`.
+    """
+    path = find_weights(source)
+    try:
+        with safetensors.safe_open(path, framework="np") as file:
+            text = (file.metadata() or {}).get(METADATA_KEY)
+    except (OSError, safetensors.SafetensorError):
+        return read_weights(path)[1]  # which says what is wrong, or reads another format
+    return None if text is None else ModelInfo.from_json(text, path)
+
+
 def load_encoder(
     source: str,
     *,
@@ -110,7 +126,7 @@ def load_encoder(
     model_kwargs: Mapping[str, Any] | None = None,
     img_size: int | None = None,
     key: str | None = None,
-    classifier: bool = False,
+    whole: bool = False,
 ) -> tuple[VisionTransformer, ModelInfo]:
     """A whole encoder with its weights, fp32 on the CPU, and what it is.
 
@@ -122,7 +138,7 @@ def load_encoder(
         img_size: side of the square input, pixels; absolute position embeddings are resampled to it. Default: the
             file's.
         key: of several models in one file, the one below this key.
-        classifier: whether final norm and head must be there too; see `classifier.load_classifier`.
+        whole: also what lies behind the blocks, final norm and classifier, must be in the file.
 
     Raises:
         InputError: unreadable, weights of another architecture (names the first key that differs and both shapes),
@@ -151,7 +167,7 @@ def load_encoder(
             shape_of = create_vit(info.architecture, **kwargs)
     check_heads(shape_of, info.head_layout.get("num_heads", []), source)
     resized = img_size is not None or "img_size" in asked
-    _fit(shape_of, state, source=source, name=info.architecture, resize=resized, classifier=classifier)
+    _fit(shape_of, state, source=source, name=info.architecture, resize=resized, whole=whole)
     check_finite(state, path)
     vit = create_vit(info.architecture, **kwargs)
     load_state(vit, state, source=source, name=info.architecture)
@@ -163,8 +179,8 @@ def load_encoder(
     return vit, replace(info, model_kwargs=kwargs, head_layout=layout)
 
 
-def restore(vit: VisionTransformer, checkpoint: Path) -> None:
-    """Fill a model with the weights of its own run.
+def restore(vit: VisionTransformer, checkpoint: Path) -> ModelInfo | None:
+    """Fill a model with the weights of its own run; gives what the checkpoint says of them.
 
     Args:
         vit: built as the run's configuration says.
@@ -179,6 +195,7 @@ def restore(vit: VisionTransformer, checkpoint: Path) -> None:
     if info is not None:
         check_heads(vit, info.head_layout.get("num_heads", []), checkpoint)
     load_state(vit, state, source=str(checkpoint), name=info.architecture if info else type(vit).__name__)
+    return info
 
 
 def load_state(vit: VisionTransformer, state: Mapping[str, torch.Tensor], *, source: str, name: str) -> None:
@@ -198,7 +215,7 @@ def _fit(
     source: str,
     name: str,
     resize: bool = True,
-    classifier: bool = False,
+    whole: bool = False,
 ) -> dict[str, torch.Tensor]:
     """What of `state` goes into `vit`, position embeddings resampled with `resize`; raises where it doesn't fit."""
 
@@ -211,7 +228,7 @@ def _fit(
     if resize and embed is not None and "pos_embed" in wanted and embed.shape != wanted["pos_embed"].shape:
         state["pos_embed"] = _resample(embed, vit)
     for key, tensor in wanted.items():
-        if key not in state and (classifier or not key.startswith(NOT_NEEDED)):
+        if key not in state and (whole or not key.startswith(NOT_NEEDED)):
             raise refused(f"it lacks {key}, {tuple(tensor.shape)}")
         if key in state and state[key].shape != tensor.shape:
             raise refused(f"{key} is {tuple(state[key].shape)} in the file, {tuple(tensor.shape)} in the model")

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from timm.layers import trunc_normal_
 from timm.models.deit import VisionTransformerDistilled
@@ -16,6 +17,7 @@ from timm.optim import param_groups_layer_decay
 from torch import nn
 
 from tinymim_fast.errors import InputError, flags
+from tinymim_fast.models.architecture import check_name
 from tinymim_fast.models.checkpoints import WEIGHTS, load_encoder, load_state, read_weights, restore
 from tinymim_fast.models.model_info import ModelInfo
 from tinymim_fast.models.vit import create_vit, head_layout, init_mae_style, set_num_heads
@@ -140,16 +142,18 @@ def load_classifier(
             themselves are `CHECKPOINT/model.safetensors`.
 
     Raises:
-        InputError: see `load_encoder`; or it has no classifier, argument "source".
+        InputError: see `load_encoder`; or the file has no classifier, argument "metric".
     """
-    vit, info = load_encoder(
-        source, model=model, model_kwargs=model_kwargs, img_size=img_size, key=key, classifier=True
-    )
+    kwargs = dict(model_kwargs or {})
+    if source.startswith("timm:") and not source.startswith("timm:local-dir:"):
+        config = timm.get_pretrained_cfg(check_name(source.removeprefix("timm:"), "source"))
+        kwargs.setdefault("num_classes", config.num_classes if config else 0)
+    vit, info = load_encoder(source, model=model, model_kwargs=kwargs, img_size=img_size, key=key, whole=True)
     if not vit.num_classes:
         raise InputError(
-            f"{source}: has no classifier, only an encoder; fine-tune it first (finetune.py --checkpoint), or measure "
-            "its features by k-NN",
-            argument="source",
+            f"{source} has no classifier, so no accuracy of its own; take the metrics knn or linear, or fine-tune it "
+            "first",
+            argument="metric",
         )
     return vit, info
 
@@ -234,8 +238,8 @@ def freeze_parts(vit: VisionTransformer, *, num_blocks: int = 0, all_but_head: b
 def layer_scales(vit: VisionTransformer, layer_decay: float) -> dict[str, float]:
     """Factors on the learning rate by parameter's name: `layer_decay ** (layers above it)`, as timm groups layers.
 
-    The head has 1, the last block `layer_decay`, and so on down to patches, tokens and position embeddings. With a
-    class token behind a final norm that norm counts as a layer of its own, as in timm.
+    The head, and `fc_norm`, have 1, the last block `layer_decay`, and so on down to patches, tokens and position
+    embeddings. The final norm before a class token has its last block's, as in timm.
 
     Args:
         vit: the classifier.

@@ -25,6 +25,7 @@ class ModelInfo:
         step: optimizer steps taken.
         epoch: epochs, as a fraction.
         preprocessing: fields of `Preprocessing`, where the recipe does not say them.
+        teacher_preprocessing: of a distilled student, how its teacher's images were made; None: as the recipe says.
         class_names: of a classifier, in the order of its outputs; None where nobody says them.
     """
 
@@ -36,12 +37,18 @@ class ModelInfo:
     step: int = 0
     epoch: float = 0.0
     preprocessing: dict[str, Any] | None = None
+    teacher_preprocessing: dict[str, Any] | None = None
     class_names: list[str] | None = None
 
     @property
     def expects(self) -> Preprocessing | None:
         """How the images that the model was trained on were made; None where nothing says it."""
         return Preprocessing.from_config(self.preprocessing or self.recipe, self.architecture)
+
+    @property
+    def teacher_expects(self) -> Preprocessing | None:
+        """How a distilled student's teacher got its images; None where nothing says it."""
+        return Preprocessing.from_config(self.teacher_preprocessing or self.recipe, self.architecture)
 
     @classmethod
     def from_json(cls, text: str, path: object) -> ModelInfo:
@@ -85,7 +92,8 @@ class ModelInfo:
             raise InputError(f"{path}: its description has class_names that can't be", argument="source")
         if info.recipe.get("student_pos_embed", "sincos") not in ("sincos", "learn"):
             raise InputError(f"{path}: its recipe has a student_pos_embed that can't be", argument="source")
-        Preprocessing.from_config(info.preprocessing or info.recipe, path)
+        for config in (info.preprocessing or info.recipe, info.teacher_preprocessing):
+            Preprocessing.from_config(config, path)
         return info
 
 
@@ -98,6 +106,7 @@ INFO_TYPES: dict[str, Any] = {
     "step": int,
     "epoch": (int, float),
     "preprocessing": (dict, type(None)),
+    "teacher_preprocessing": (dict, type(None)),
     "class_names": (list, type(None)),
 }
 

@@ -1,7 +1,8 @@
 """Distillation: a frozen teacher's token relations, reproduced by a student."""
 
 import logging
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -11,9 +12,11 @@ from tinymim_fast.files import listed_checksums, sha256
 
 if TYPE_CHECKING:
     import torch
+    from timm.models.vision_transformer import VisionTransformer
 
     from tinymim_fast.data import ImageIndex
     from tinymim_fast.distributed import World
+    from tinymim_fast.models.preprocessing import Preprocessing
     from tinymim_fast.models.taps import Taps
     from tinymim_fast.training.task import Task, Views
 
@@ -35,6 +38,9 @@ class DistillConfig(RunConfig):
         teacher_model: timm name of the teacher; read from the checkpoint where that says it.
         teacher_model_kwargs: passed to `timm.create_model`; `num_heads` may be a list, one number for each block.
         teacher_key: of several models in the teacher's file, the one below this key, e.g. "teacher".
+        teacher_mean: per-channel mean of the teacher's view, of 1; default the one that it was trained with, where its
+            file says it, else `mean`.
+        teacher_std: per-channel standard deviation of the teacher's view; default likewise.
         teacher_precision: "fp32", "bf16", "int8" or "fp8" (linear layers alone), or "auto": bf16 wherever the device
             has it, whatever the student's.
         target_block: the teacher's block, 1-based; default 18 for 24 blocks (ViT-L), else the last.
@@ -55,6 +61,8 @@ class DistillConfig(RunConfig):
     teacher_model: str | None = None
     teacher_model_kwargs: dict[str, Any] = field(default_factory=dict)
     teacher_key: str | None = None
+    teacher_mean: tuple[float, float, float] | None = None
+    teacher_std: tuple[float, float, float] | None = None
     teacher_precision: Literal["auto", "fp32", "bf16", "int8", "fp8"] = "auto"
     target_block: int | None = None
     relation_heads: int | None = None
@@ -73,24 +81,30 @@ class DistillConfig(RunConfig):
             weights is None or (len(weights) == len(self.relations) and min(weights) >= 0 < max(weights)),
             f"{len(self.relations)} weights, one for each of {', '.join(self.relations)}, 0 or more and not all 0",
         )
+        self._check("teacher_std", self.teacher_std is None or min(self.teacher_std) > 0, "three numbers above 0")
         self._check("relation_heads", self.relation_heads is None or self.relation_heads > 0, "more than 0")
         self._check("target_block", self.target_block is None or self.target_block > 0, "1 or more")
         self._check("drop_path", 0 <= self.drop_path < 1, "a probability below 1")
         self._check("color_jitter", 0 <= self.color_jitter <= 1, "0 to 1")
 
 
-def build_teacher(config: DistillConfig) -> "tuple[Taps, int, int]":
-    """The teacher up to its target block, that block's number, and the heads of its relations.
+def build_teacher(
+    config: DistillConfig, began: "Preprocessing | None" = None
+) -> "tuple[Taps, int, int, Preprocessing]":
+    """The teacher up to its target block, that block's number, the heads of its relations, and how its view is made.
+
+    Args:
+        config: of the run.
+        began: how its view was made so far, of a run that goes on.
 
     Raises:
         InputError: no such checkpoint, or no such block.
     """
     from tinymim_fast.models.checkpoints import load_encoder
-    from tinymim_fast.models.taps import Place, Taps
-    from tinymim_fast.models.vit import default_target_block
+    from tinymim_fast.models.preprocessing import Preprocessing
 
     names = {"source": "checkpoint", "model": "model", "model_kwargs": "model_kwargs", "key": "key"}
-    with flags(**{name: f"teacher_{field}" for name, field in names.items()}, block="target_block"):
+    with flags(**{name: f"teacher_{field}" for name, field in names.items()}):
         vit, info = load_encoder(
             config.teacher_checkpoint,
             model=config.teacher_model,
@@ -98,15 +112,40 @@ def build_teacher(config: DistillConfig) -> "tuple[Taps, int, int]":
             img_size=config.img_size,
             key=config.teacher_key,
         )
-        block = config.target_block or default_target_block(len(vit.blocks))
+    teacher, block, heads = tap_teacher(config, vit, info.head_layout)
+    logger.info("teacher: %s, block %d, %d relation heads", info.architecture, block, heads)
+    view = began or Preprocessing(
+        mean=config.teacher_mean or (info.expects.mean if info.expects else config.mean),
+        std=config.teacher_std or (info.expects.std if info.expects else config.std),
+    )
+    if info.expects:
+        own = not info.expects.differences(view.mean, view.std)
+        other = info.expects.differences(*((config.mean, config.std) if own else (view.mean, view.std)))
+        if other:
+            how = "; its view has its own, the student's this" if own else ""
+            logger.warning("the teacher was trained on images of another %s%s", "; of another ".join(other), how)
+    return teacher, block, heads, view
+
+
+def tap_teacher(config: DistillConfig, vit: "VisionTransformer", layout: Mapping[str, Any]) -> "tuple[Taps, int, int]":
+    """A teacher up to its target block, that block's number, and the heads of its relations.
+
+    Args:
+        config: of the run.
+        vit: the whole teacher.
+        layout: its `ModelInfo.head_layout`.
+
+    Raises:
+        InputError: no such block.
+    """
+    from tinymim_fast.models.taps import Place, Taps
+    from tinymim_fast.models.vit import default_target_block
+
+    block = config.target_block or default_target_block(len(vit.blocks))
+    with flags(block="target_block"):
         teacher = Taps(vit, [Place("qkv", block)])
     # A student of this package reproduced relations of so many heads in its last block; as a teacher it offers those.
-    heads = config.relation_heads or info.head_layout.get("relation_heads") or vit.blocks[block - 1].attn.num_heads
-    logger.info("teacher: %s, block %d, %d relation heads", info.architecture, block, heads)
-    other = info.expects.differences(config.mean, config.std) if info.expects else []
-    if other:
-        logger.warning("the teacher was trained on images of another %s", "; of another ".join(other))
-    return teacher, block, heads
+    return teacher, block, config.relation_heads or layout.get("relation_heads") or vit.blocks[block - 1].attn.num_heads
 
 
 def which_teacher(config: DistillConfig) -> dict[str, Any]:
@@ -175,12 +214,11 @@ def build_task(
         init_mae_style(student, pos_embed=config.student_pos_embed)
         set_constant_drop_path(student, config.drop_path)
         keep_batch_norm_fp32(student)
-        if checkpoint is not None:
-            restore(student, checkpoint)
+        began = restore(student, checkpoint) if checkpoint is not None else None
     layout = head_layout(student)
     initial = {name: tensor.detach().clone() for name, tensor in student.state_dict().items()}
 
-    teacher, block, heads = build_teacher(config)
+    teacher, block, heads, view_t = build_teacher(config, began.teacher_expects if began else None)
     taps = Taps(student, [Place("qkv", len(student.blocks))])
     distiller = RelationDistiller(
         taps,
@@ -217,7 +255,9 @@ def build_task(
         model=distiller,
         prepare=prepare,
         parts=("loss", *config.relations),
-        view=train_view(config, world, color_jitter=config.color_jitter),
+        view=train_view(
+            config, world, color_jitter=config.color_jitter, teacher_mean=view_t.mean, teacher_std=view_t.std
+        ),
         weights=weights,
         info=ModelInfo(
             architecture=config.student_model,
@@ -225,6 +265,7 @@ def build_task(
             kind="tinymim",
             head_layout={**layout, "relation_heads": heads, "teacher_block": block},
             recipe=to_dict(config),
+            teacher_preprocessing=asdict(view_t),
         ),
         kept={"teacher_checkpoint": which_teacher(config)},
         regions=(*whole_blocks(taps), *(whole_blocks(teacher) if precision != "int8" else ())),

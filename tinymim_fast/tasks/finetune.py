@@ -10,6 +10,8 @@ from tinymim_fast.config import RunConfig, to_dict
 from tinymim_fast.errors import InputError, flags
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
     import torch
     from torch import nn
 
@@ -322,8 +324,11 @@ def _validation(
     """Top-1 and top-5 of a model like `vit`, fp32 weights, autocast to bf16 where the run is bf16."""
     from copy import deepcopy
 
+    import torch
+
     from tinymim_fast.data.views import EvalView
-    from tinymim_fast.evaluation.classification import Counts, count_correct
+    from tinymim_fast.evaluation.classification import top_accuracies
+    from tinymim_fast.evaluation.ranks import Share
     from tinymim_fast.models.preprocessing import Preprocessing
     from tinymim_fast.training.task import Validation
 
@@ -335,22 +340,16 @@ def _validation(
         img_size=config.img_size, resize_size=made.resize_size(config.img_size), mean=config.mean, std=config.std
     )
     size = config.validation_batch_size or config.batch_plan(world.world_size).micro_batch_size
+    share = Share(world.device, size, config.workers, world.host_group, config.loader)
 
-    def validate(weights, stopping) -> "dict[str, float]":
+    def logits(views: "torch.Tensor") -> "torch.Tensor":
+        with torch.autocast(world.device.type, torch.bfloat16, enabled=config.bf16):
+            return model(views)
+
+    def validate(weights: "Mapping[str, torch.Tensor]", stopping: "Callable[[], bool]") -> "dict[str, float]":
         model.load_state_dict(weights)
-        counts = count_correct(
-            model.to(world.device),
-            images,
-            view,
-            batch_size=size,
-            workers=config.workers,
-            loader=config.loader,
-            device=world.device,
-            rank=world.rank,
-            world_size=world.world_size,
-            bf16=config.bf16,
-            stopping=stopping,
-        )
-        return sum(world.gather(counts), Counts()).metrics
+        model.to(world.device)
+        found = top_accuracies(logits, images, view, share, stopping=stopping)
+        return {"top1": found["top1"], "top5": found["top5"], "val_loss": found["loss"]}
 
     return Validation(validate, interval=config.val_interval, metric="top1")

@@ -16,6 +16,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from dataclasses import replace
@@ -129,6 +130,15 @@ class Checkpoints:
             ) from error
         self._saved_step = step
         self._saved_at = time.monotonic()
+
+
+def kept(checkpoint: Path) -> dict[str, Any]:
+    """`Task.kept` of the run that saved it; nothing where it can't be read or is of before there was one."""
+    try:
+        with safetensors.safe_open(checkpoint / STATE, framework="np") as file:
+            return json.loads(file.metadata()["client_state"]).get("kept") or {}
+    except (OSError, safetensors.SafetensorError, KeyError, TypeError, ValueError):
+        return {}
 
 
 def prune(output_dir: Path, keep: int, best: str | None = None) -> None:

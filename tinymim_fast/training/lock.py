@@ -24,10 +24,12 @@ class RunLock:
 
     Args:
         output_dir: of the run; need not exist yet.
+        patience_s: how long to wait for one who holds it, seconds; None: `PATIENCE_S`.
     """
 
-    def __init__(self, output_dir: Path):
+    def __init__(self, output_dir: Path, patience_s: float | None = None):
         self._path = output_dir / NAME
+        self._patience_s = PATIENCE_S if patience_s is None else patience_s
         self._descriptor: int | None = None
 
     def acquire(self) -> None:
@@ -40,7 +42,7 @@ class RunLock:
         if self._descriptor is not None or not self._path.parent.is_dir():
             return
         descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
-        deadline = time.monotonic() + PATIENCE_S
+        deadline = time.monotonic() + self._patience_s
         while True:
             try:
                 fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from tinymim_fast.batches import BatchPlan
 from tinymim_fast.config import RunConfig, to_yaml
 from tinymim_fast.data import ImageIndex, build_loader
 from tinymim_fast.data.bad_files import BadFiles
@@ -21,6 +23,7 @@ from tinymim_fast.files import remove_unfinished, set_aside, write_text
 from tinymim_fast.models.checkpoints import EMA_WEIGHTS, latest_checkpoint, read_weights
 from tinymim_fast.training import checkpoint as checkpoints
 from tinymim_fast.training import resume
+from tinymim_fast.training.agreement import SAVE, STOP, TOO_MANY_BAD, UNDONE, Agreement, StepStart
 from tinymim_fast.training.compilation import Compiler, wanted
 from tinymim_fast.training.ema import Ema
 from tinymim_fast.training.lock import RunLock
@@ -29,14 +32,12 @@ from tinymim_fast.training.progress import Progress
 from tinymim_fast.training.schedule import lr_schedule
 from tinymim_fast.training.step import TrainStep
 from tinymim_fast.training.stop import StopRequests, reason_of
-from tinymim_fast.training.task import Task
+from tinymim_fast.training.task import Task, Views
 from tinymim_fast.training.tracing import Tracer
 from tinymim_fast.training.validation import Validator
 
 logger = logging.getLogger("tinymim_fast")
 DS_CONFIG = "deepspeed_config.json"
-# What ranks agree on, the larger winning; above STOP come the reasons of `StopRequests`.
-SAVE, STOP, TOO_MANY_BAD = 1, 2, 100
 
 
 def train(
@@ -100,6 +101,7 @@ def train(
             workers=config.workers,
             bad_files=bad_files,
             dali_kwargs=config.dali_kwargs,
+            waiting=stop.look_while_waiting,
         )
     with loader, Compiler() as compiler:
         steps_per_epoch = loader.steps_per_epoch
@@ -170,8 +172,26 @@ def train(
             enabled=world.is_main,
         )
         tracer = Tracer(output_dir, config.profile if world.is_main else 0)
-        agreement = None  # on what ranks asked for in the step before
-        micro_batches = progress.timed(loader.batches(step, total_steps - step), stop)
+
+        def ask() -> int:
+            wanted = STOP + stop.code if stop.code else SAVE if saver.overdue else 0
+            return UNDONE + STOP + stop.code if stop.late_s else TOO_MANY_BAD if bad_files.too_many else wanted
+
+        def save() -> None:
+            kept = {
+                "bad_files": bad_files.by_path,
+                "kept": task.kept,
+                "num_skipped": progress.num_skipped,
+                "validation": validator.state,
+            }
+            saver.save(step, kept, best=validator.best)
+            validator.write_best()
+            stop.last_checkpoint = checkpoints.name_of(step)
+
+        agreement, step_start = Agreement(world, ask), StepStart(task.model, world.device)
+        micro_batches = progress.timed(
+            loader.batches(step, total_steps - step), stop, partial(_blank, task, batches, world.device)
+        )
         stop.last_checkpoint = str(checkpoint or "none")
         stop.start_training(config.max_time, config.max_wait)
         try:
@@ -186,9 +206,24 @@ def train(
                 validator.write_best()
             while step < total_steps:
                 lr = engine.lr
-                progress.add(train_step(micro_batches), lr)  # queued: the host runs ahead of the device
-                step += 1
+                step_start.keep()
+                losses = train_step(micro_batches, agreement)  # queued: the host runs ahead of the device
                 stop.now("training")
+                if agreement.is_undone:  # a rank waits for images in vain: all are where the step before left them
+                    step_start.restore()
+                    if not step:
+                        raise stop.terminated_at_start()
+                    with stop.doing("saving"):
+                        progress.look()
+                        save()
+                        late = {rank: s for rank, s in enumerate(world.gather(stop.late_s)) if s}
+                    ranks = ", ".join(f"rank {rank} for {s:.0f} s" for rank, s in late.items())
+                    raise Terminated(
+                        f"stopped by {reason_of(agreement.request - STOP)} while data was waited for ({ranks}) at step "
+                        f"{step}, saved; the same command continues"
+                    )
+                progress.add(losses, lr)
+                step += 1
                 if ema is not None and engine.step_applied:
                     ema.update(step)
                 if not engine.step_applied:  # on no rank; with on_nonfinite "skip" alone
@@ -204,14 +239,8 @@ def train(
                     tracer.after_step()
                 last = step == total_steps
 
-                # SYNC, host: what ranks asked for a step ago. Nobody waits, and all stop or save at the same step.
-                request = 0
-                if agreement is not None:
-                    work, answer = agreement
-                    work.wait()
-                    request = int(answer)
-
                 # SYNC, device: the losses come to the host here, and where it validates or saves, and nowhere else.
+                request = agreement.request  # the same on all ranks, which so stop or save at the same step
                 validate = validator.due(step) and request <= STOP
                 if step % config.log_interval == 0 or last or request > STOP or validate:
                     record = progress.record()
@@ -224,23 +253,12 @@ def train(
                 if request or saver.due(step) or last or validator.is_best(step):
                     with progress.paused(), stop.doing("saving"):
                         progress.look()  # a checkpoint after a bad loss would not be a good one
-                        kept = {
-                            "bad_files": bad_files.by_path,
-                            "kept": task.kept,
-                            "num_skipped": progress.num_skipped,
-                            "validation": validator.state,
-                        }
-                        saver.save(step, kept, best=validator.best)
-                        validator.write_best()
-                        stop.last_checkpoint = checkpoints.name_of(step)
-
+                        save()
                 if request == TOO_MANY_BAD:
                     raise bad_files.error()
                 if request > STOP and (not last or validator.due(step)):
                     why = reason_of(request - STOP)
                     raise Terminated(f"stopped by {why} at step {step}, saved; the same command continues")
-                asked = STOP + stop.code if stop.code else SAVE if saver.overdue else 0
-                agreement = world.start_max(TOO_MANY_BAD if bad_files.too_many else asked)
         except NonFiniteLossError as error:
             good = latest_checkpoint(output_dir) or "none: no checkpoint was saved yet"
             raise NonFiniteLossError(
@@ -259,6 +277,14 @@ def train(
             plot_curves(output_dir, task.parts)
         except OSError as error:
             logger.warning("%s: the picture of the curves can't be written: %s", output_dir, error)
+
+
+def _blank(task: Task, batches: BatchPlan, device: torch.device) -> Views:
+    """In place of a micro-batch that doesn't come."""
+    view = task.view
+    shape = (batches.micro_batch_size, 3, view.img_size, view.img_size)
+    labels = (torch.zeros(batches.micro_batch_size, dtype=torch.int64, device=device),) * view.labels
+    return (torch.zeros(shape, dtype=view.dtype, device=device),) * view.num_views + labels
 
 
 def _prepare_folder(

@@ -54,7 +54,10 @@ def main(kind: type[RunConfig], build_task: Callable[..., Any], argv: Sequence[s
         if rank != "0":
             time.sleep(3)  # rank 0 most likely says the same, and its exit makes the launcher end this process
         print(f"{prog}: {ended}", file=sys.stderr, flush=True)
-        return next(code for kind_of_error, code in EXIT_CODES.items() if isinstance(ended, kind_of_error))
+        code = next(code for kind_of_error, code in EXIT_CODES.items() if isinstance(ended, kind_of_error))
+        if stop.late_s:  # a thread that hangs in a read would be waited for
+            os._exit(code)
+        return code
     finally:
         stop.ignore_signals()
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,8 +14,8 @@ from torch.profiler import record_function
 from tinymim_fast.batches import BatchPlan
 from tinymim_fast.data.bad_files import BadFiles
 from tinymim_fast.distributed import World
-from tinymim_fast.errors import NonFiniteLossError
-from tinymim_fast.training.stop import StopRequests
+from tinymim_fast.errors import DataLate, NonFiniteLossError
+from tinymim_fast.training.stop import WAITING, StopRequests
 from tinymim_fast.training.task import Views
 
 SPIKE = 3.0  # times the average of the loss is a spike
@@ -60,15 +61,20 @@ class Progress:
         self._average, self._num_averaged = 0.0, 0  # of the loss, over about the last 50 steps
         self._restart_clocks()
 
-    def timed(self, micro_batches: Iterator[Views], stop: StopRequests) -> Iterator[Views]:
-        """The same micro-batches; how long each is waited for is counted, and `stop` knows what is waited for."""
+    def timed(self, micro_batches: Iterator[Views], stop: StopRequests, blank: Callable[[], Views]) -> Iterator[Views]:
+        """The same micro-batches; how long each is waited for is counted, and `stop` knows what is waited for.
+
+        Where `stop` gives up waiting, blank ones come from then on.
+        """
         while True:
             asked = time.perf_counter()
             try:
-                with stop.doing("waiting for data"), record_function("data"):
+                with stop.doing(WAITING), record_function("data"):
                     views = next(micro_batches)
             except StopIteration:
                 return
+            except DataLate:  # the others wait for this rank's part in the step, which `stop` calls off
+                yield from itertools.repeat(blank())
             self._waited += time.perf_counter() - asked
             yield views
 

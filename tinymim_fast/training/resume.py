@@ -16,7 +16,7 @@ from tinymim_fast.config import RunConfig, differences
 from tinymim_fast.data import ImageIndex, find_images
 from tinymim_fast.data.bad_files import BadFiles
 from tinymim_fast.errors import InputError
-from tinymim_fast.models.checkpoints import METADATA_KEY, WEIGHTS, list_checkpoints
+from tinymim_fast.models.checkpoints import METADATA_KEY, WEIGHTS, latest_checkpoint, list_checkpoints
 from tinymim_fast.training.checkpoint import damage
 
 logger = logging.getLogger("tinymim_fast")
@@ -50,16 +50,25 @@ def find_checkpoint(config: RunConfig) -> Found:
                 argument="output_dir",
             )
         return Found(None)
-    saved = _saved_configuration(output_dir / CONFIG, latest)
-    if saved is not None:
-        changed = differences(saved, config)
-        if changed:
-            raise InputError(
-                f"{output_dir} holds a run with another configuration ({'; '.join(changed)}); "
-                "choose another folder, or the same configuration to continue it",
-                argument="output_dir",
-            )
+    changed = changes(config)
+    if changed:
+        raise InputError(
+            f"{output_dir} holds a run with another configuration ({'; '.join(changed)}); "
+            "choose another folder, or the same configuration to continue it",
+            argument="output_dir",
+        )
     return _newest_good(candidates, verify=config.verify_checkpoints)
+
+
+def changes(config: RunConfig) -> list[str]:
+    """What makes the run in `output_dir` another one than `config`, see `differences`; nothing where there is none.
+
+    Raises:
+        InputError: there is one, and nothing says of which configuration.
+    """
+    output_dir = Path(config.output_dir)
+    saved = _saved_configuration(output_dir / CONFIG, latest_checkpoint(output_dir))
+    return [] if saved is None else differences(saved, config)
 
 
 def _saved_configuration(path: Path, latest: Path | None) -> dict[str, Any] | None:

@@ -8,6 +8,7 @@ import torch
 from torch.profiler import record_function
 
 from tinymim_fast.engine import Engine
+from tinymim_fast.training.agreement import Agreement
 from tinymim_fast.training.task import Views
 
 
@@ -42,22 +43,32 @@ class TrainStep:
         self.parts = tuple(parts)
         self.accumulation_steps = accumulation_steps
 
-    def __call__(self, micro_batches: Iterator[Views]) -> torch.Tensor:
-        """Take `accumulation_steps` micro-batches and update the weights; the host waits for nothing here.
+    def __call__(self, micro_batches: Iterator[Views], agreement: Agreement | None = None) -> torch.Tensor:
+        """Take `accumulation_steps` micro-batches and update the weights; the host waits for no device here.
+
+        Args:
+            micro_batches: of this rank.
+            agreement: asked when the last micro-batch is there, and answered before the update, which it may call off.
 
         Returns:
             (parts,) losses of this rank on the device, detached.
         """
         total = 0.0
-        for _ in range(self.accumulation_steps):
-            total = total + self.micro_step(next(micro_batches))
+        for number in range(1, self.accumulation_steps + 1):
+            views = next(micro_batches)
+            if agreement is None or number < self.accumulation_steps:
+                total = total + self.micro_step(views)
+            else:
+                agreement.start()
+                total = total + self.micro_step(views, agreement.may_update)
         return total / self.accumulation_steps
 
-    def micro_step(self, views: Views) -> torch.Tensor:
+    def micro_step(self, views: Views, may_update: Callable[[], bool] = lambda: True) -> torch.Tensor:
         """One micro-batch's losses, (parts,), and its gradient; the last one of a step updates the weights.
 
         Args:
             views: (B, 3, S, S) each, on the device, and what else the loader gives, such as labels.
+            may_update: asked after the backward pass; False leaves the weights, and the gradient, as they are.
         """
         with torch.no_grad():
             if self.augment is not None:
@@ -69,5 +80,6 @@ class TrainStep:
         with record_function("backward"):
             self.engine.backward(losses["loss"])
         with record_function("optimizer"):
-            self.engine.step()
+            if may_update():
+                self.engine.step()
         return torch.stack([losses[part].detach() for part in self.parts])

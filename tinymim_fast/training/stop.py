@@ -19,18 +19,21 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tinymim_fast.errors import EXIT_TERMINATED, Terminated
+from tinymim_fast.errors import EXIT_TERMINATED, DataLate, Terminated
 
 logger = logging.getLogger("tinymim_fast")
 # A launcher's, Ctrl-C, SLURM's warning before the time limit, a terminal that is closed. One that is ignored stays so.
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 MAX_TIME = "max_time"
+MAX_WAIT = "max_wait"
 ORPHANED = "the end of its launcher"
-REASONS = (*(number.name for number in SIGNALS), MAX_TIME, ORPHANED)
+REASONS = (*(number.name for number in SIGNALS), MAX_TIME, MAX_WAIT, ORPHANED)
+WAITING = "waiting for data"
 SAY_S = 60  # of waiting for data
 LOOK_S = 1.0  # between two looks at the launcher
 WAIT_S = 10  # for data or at the start, after a signal
-STEP_S = 120  # of a step or a batch of validation that doesn't end, after a signal
+GIVE_UP_S = 10  # more, for the process to give up waiting for data by itself
+STEP_S = 120  # of a step, or of a batch of validation, that doesn't end, after a signal
 
 
 class StopRequests:
@@ -39,15 +42,18 @@ class StopRequests:
     Attributes:
         reason: one of `REASONS`; None while there is none.
         last_checkpoint: to be told by a process that ends without saving.
+        late_s: seconds that data was waited for before this process gave up; 0: it didn't.
     """
 
     def __init__(self):
         self.reason: str | None = None
         self.last_checkpoint = "none"
+        self.late_s = 0.0
         self._launcher = Launcher()
         self._began = time.monotonic()
         self._max_s, self._max_wait_s = 0.0, 0.0
         self._doing, self._doing_since = "starting", self._began
+        self._asked_at = 0.0  # when there was a reason first
 
     def take_signals(self, prog: str) -> None:
         """Take `SIGNALS` from now on until the process ends: none of them changes the exit code any more.
@@ -75,9 +81,9 @@ class StopRequests:
     def code(self) -> int:
         """0, or a number for why this process wants to stop, for `reason_of`; larger ones win where ranks differ."""
         if self.reason is None and self._launcher.is_gone:
-            self.reason = ORPHANED
+            self._stop_for(ORPHANED)
         if self.reason is None and self._max_s and time.monotonic() - self._began > self._max_s:
-            self.reason = MAX_TIME
+            self._stop_for(MAX_TIME)
         return 0 if self.reason is None else 1 + REASONS.index(self.reason)
 
     def start_training(self, max_minutes: float, max_wait_minutes: float) -> None:
@@ -85,7 +91,7 @@ class StopRequests:
 
         Args:
             max_minutes: time limit, counted from the making of this object; 0: none.
-            max_wait_minutes: longest wait for one micro-batch, after which the process ends; 0: none.
+            max_wait_minutes: longest wait for one micro-batch, after which the run saves and ends; 0: any.
 
         Raises:
             Terminated: a signal came meanwhile.
@@ -93,10 +99,25 @@ class StopRequests:
         self._max_s, self._max_wait_s = 60 * max_minutes, 60 * max_wait_minutes
         self.now("training")
         if self.reason is not None:
-            raise self._terminated_at_start()
+            raise self.terminated_at_start()
+
+    def look_while_waiting(self) -> None:
+        """Called about once a second while data is waited for, which is given up after `max_wait` or a signal.
+
+        Raises:
+            DataLate: it is.
+        """
+        now = time.monotonic()
+        waited = now - self._doing_since
+        if self.reason is None and self._max_wait_s and waited > self._max_wait_s:
+            self._stop_for(MAX_WAIT)
+        elif not self.code or now - max(self._asked_at, self._doing_since) < WAIT_S:
+            return
+        self.late_s = waited
+        raise DataLate
 
     def now(self, what: str) -> None:
-        """The run begins to do this: "training", "validating", "saving" or "waiting for data"."""
+        """The run begins to do this: "training", "validating", "saving" or `WAITING`."""
         self._doing, self._doing_since = what, time.monotonic()
 
     @contextlib.contextmanager
@@ -110,11 +131,16 @@ class StopRequests:
             self.now(before)
 
     def _on_signal(self, signum: int, frame: Any) -> None:
-        first, self.reason = self.reason is None, self.reason or signal.Signals(signum).name
-        if first and self._doing == "starting":
-            raise self._terminated_at_start()
+        if self.reason is None:
+            self._stop_for(signal.Signals(signum).name)
+            if self._doing == "starting":
+                raise self.terminated_at_start()
 
-    def _terminated_at_start(self) -> Terminated:
+    def _stop_for(self, reason: str) -> None:
+        self.reason, self._asked_at = reason, time.monotonic()
+
+    def terminated_at_start(self) -> Terminated:
+        """What to raise where no step was taken yet."""
         return Terminated(f"stopped by {self.reason} before the first step; the same command starts again")
 
     def _leave_to_parent(self) -> None:
@@ -137,15 +163,16 @@ class StopRequests:
             doing, since = self._doing, self._doing_since
             waited = time.monotonic() - since
             if asked_at is not None and doing != "saving":
-                limit = STEP_S if doing in ("training", "validating") else WAIT_S
+                limits = {"training": STEP_S, "validating": STEP_S, WAITING: WAIT_S + GIVE_UP_S}
+                limit = limits.get(doing, WAIT_S)
                 if time.monotonic() - max(asked_at, since) > limit:
                     self._end(f"{prog}: stopped by {name} after {limit} s of {doing}")
-            if doing != "waiting for data":
+            if doing != WAITING:
                 continue
-            if self._max_wait_s and waited > self._max_wait_s:
+            if self._max_wait_s and waited > self._max_wait_s + GIVE_UP_S:
                 self._end(f"{prog}: stopped after {waited:.0f} s of waiting for data, more than max_wait allows")
             if waited > SAY_S and since != told_at:
-                logger.warning("waiting for data for %.0f s", waited)
+                logger.warning("%s for %.0f s", WAITING, waited)
                 told_at = since
 
     def _end(self, why: str) -> None:

@@ -75,8 +75,15 @@ class Task:
     kept: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
-def train_view(config: RunConfig, world: World, *, color_jitter: float | None = None) -> TrainView:
-    """The view that a run's configuration means; with `color_jitter`, of that strength, a second one beside it."""
+def train_view(config: RunConfig, world: World, *, color_jitter: float | None = None, **changes: Any) -> TrainView:
+    """The view that a run's configuration means; with `color_jitter`, of that strength, a second one beside it.
+
+    Args:
+        config: of the run.
+        world: a GPU gets its views in half precision.
+        color_jitter: of brightness, contrast and saturation.
+        **changes: further fields of `TrainView`.
+    """
     return TrainView(
         img_size=config.img_size,
         scale=config.scale,
@@ -87,6 +94,7 @@ def train_view(config: RunConfig, world: World, *, color_jitter: float | None = 
         std=config.std,
         # half the bytes; the CPU is slower at it
         dtype=torch.float16 if config.bf16 and world.device.type == "cuda" else torch.float32,
+        **changes,
     )
 
 
