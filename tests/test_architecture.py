@@ -67,21 +67,11 @@ ARROWS = {  # room: what of tinymim_fast it may import, rooms or single modules
         )
     },
     "tinymim_fast/training/metrics.py": {"data.errors", "files"},
-    "tinymim_fast/training/step.py": {"engine", "training.task", "training.agreement"},
+    "tinymim_fast/training/step.py": {"engine", "training.agreement", "training.task"},
     "tinymim_fast/training/schedule.py": {"config"},
     "tinymim_fast/tasks": {
-        *(
-            "tasks",
-            "targets",
-            "models",
-            "evaluation",
-            "data",
-            "training.task",
-            "config",
-            "distributed",
-            "errors",
-            "files",
-        )
+        *("tasks", "targets", "models", "evaluation", "data", "training.task"),
+        *("config", "distributed", "errors", "files"),
     },
     "tinymim_fast/stages.py": set(),
     "tinymim_fast/chain_report.py": {"config", "files", "models.checkpoints", "training.metrics"},
@@ -89,9 +79,9 @@ ARROWS = {  # room: what of tinymim_fast it may import, rooms or single modules
         *("chain_report", "config", "errors", "files", "models", "stages", "targets", "tasks.distill", "yaml_files"),
         *("training.checkpoint", "training.lock", "training.resume", "training.stop"),
     },
-    "tinymim_fast/train.py": {"tasks.distill", "training.program"},
-    "tinymim_fast/pretrain.py": {"tasks.pretrain", "training.program"},
-    "tinymim_fast/finetune.py": {"tasks.finetune", "training.program"},
+    "tinymim_fast/train.py": {"tasks.distill", "errors", "training.program"},
+    "tinymim_fast/pretrain.py": {"tasks.pretrain", "errors", "training.program"},
+    "tinymim_fast/finetune.py": {"tasks.finetune", "errors", "training.program"},
 }
 
 
@@ -138,3 +128,13 @@ def test_no_module_hides_a_library():
     """`deepspeed tinymim_fast/train.py` starts with tinymim_fast/ on the path: see the head of train.py."""
     ours = {p.stem for p in (ROOT / "tinymim_fast").iterdir() if not p.name.startswith("_")}
     assert ours & set(sys.stdlib_module_names) == set()
+
+
+def test_programs_of_several_ranks_end_in_order():
+    """Any that trains, or joins: see `end_process`."""
+    programs = [p for p in FILES if "__main__" in p.read_text() and "data/" not in str(p)]
+    joins = {"tinymim_fast.training.program", "tinymim_fast.distributed.join"}
+    several = [p for p in programs if joins & imports(p)]
+    assert {p.name for p in several} >= {"train.py", "pretrain.py", "evaluate.py"}
+    for path in several:
+        assert path.read_text().endswith('if __name__ == "__main__":\n    end_process(main())\n'), path

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tinymim_fast.checkpoint_flags import CHECKPOINT_FLAGS, add_checkpoint_arguments, checkpoint_arguments
-from tinymim_fast.errors import EXIT_INPUT, InputError, flags
+from tinymim_fast.errors import EXIT_INPUT, InputError, end_process, flags
 from tinymim_fast.evaluation.report import METRICS, check_folder, lines, write_report
 
 if TYPE_CHECKING:  # --help does not wait for torch
@@ -287,17 +287,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
             if args.output_dir and not rank:
                 write_report(args.output_dir, found)
+        if not rank:
+            print(*lines(found), sep="\n", flush=True)
+        code = 0
     except InputError as error:
         if not rank:  # every rank has it
             print(f"evaluate: {error}", file=sys.stderr, flush=True)
-        return EXIT_INPUT
-    finally:
-        if group is not None:
-            dist.destroy_process_group()
-    if not rank:
-        print(*lines(found), sep="\n")
-    return 0
+        code = EXIT_INPUT
+    if group is not None:
+        dist.barrier(group)  # a launcher ends all ranks where one ended with an error: not before rank 0 has told it
+        dist.destroy_process_group()
+    return code
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

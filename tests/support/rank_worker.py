@@ -18,6 +18,7 @@ from support.runs import Stopped, distil, last_step, stopping, with_prepare
 from tinymim_fast import engine, evaluate
 from tinymim_fast.config import parse
 from tinymim_fast.distributed import World
+from tinymim_fast.errors import end_process
 from tinymim_fast.evaluation import knn
 from tinymim_fast.tasks import distill
 
@@ -95,4 +96,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())
