@@ -70,11 +70,15 @@ class TrainStep:
             views: (B, 3, S, S) each, on the device, and what else the loader gives, such as labels.
             may_update: asked after the backward pass; False leaves the weights, and the gradient, as they are.
         """
+        are_images = [view.is_floating_point() for view in views]  # labels are not, and targets made of them stay fp32
         with torch.no_grad():
             if self.augment is not None:
                 views = self.augment(views, self._number)
             self._number += 1
-            inputs = self.prepare(tuple(v.to(self.engine.dtype) if v.ndim == 4 else v for v in views))
+            dtype = self.engine.dtype
+            inputs = self.prepare(
+                tuple(v.to(dtype) if is_image else v for v, is_image in zip(views, are_images, strict=True))
+            )
         with record_function("forward"):
             losses = self.engine.forward(*inputs)
         with record_function("backward"):
