@@ -62,21 +62,21 @@ def test_pictures_are_timms_on_the_same_draws(config, monkeypatch):
     image = Image.fromarray(noise).resize((40, 40), Image.BICUBIC)
     ours, policy = RandAugment(config, IMAGENET_MEAN), timm_policy(config)
     uniforms = generator.random((150, ours.num_uniforms))
-    draws = ours.draw(uniforms)
-    assert set(draws.operations.ravel().tolist()) == set(range(-1, 15)), "every operation, and none"
+    operations, arguments = ours.draw(uniforms)
+    assert set(operations.ravel().tolist()) == set(range(-1, 15)), "every operation, and none"
     changed = 0
-    for rows, operations, arguments in zip(uniforms, draws.operations, draws.arguments, strict=True):
-        found = ours.apply(image, operations, arguments)
+    for rows, which, how in zip(uniforms, operations, arguments, strict=True):
+        found = ours.apply(image, which, how)
         with monkeypatch.context() as patch:
             want = by_timm(policy, image, rows, patch)
-        assert found.tobytes() == want.tobytes(), [ours.names[i] for i in operations if i >= 0]
+        assert found.tobytes() == want.tobytes(), [ours.names[i] for i in which if i >= 0]
         changed += found.tobytes() != image.tobytes()
     assert changed > 75
 
 
 def test_weighted_operations_come_as_often_as_timm_says_and_never_twice():
     ours = RandAugment("rand-m9-p1-tweights-inc1", IMAGENET_MEAN)
-    operations = ours.draw(np.random.default_rng(0).random((20_000, ours.num_uniforms))).operations
+    operations, _ = ours.draw(np.random.default_rng(0).random((20_000, ours.num_uniforms)))
     weights = np.array(list(auto_augment._RAND_WEIGHTED_0.values()))
     share = np.bincount(operations[:, 0], minlength=15) / len(operations)
     np.testing.assert_allclose(share, weights / weights.sum(), atol=0.01)
@@ -86,10 +86,10 @@ def test_weighted_operations_come_as_often_as_timm_says_and_never_twice():
 def test_global_generators_are_left_alone():
     ours = RandAugment(CONFIG, IMAGENET_MEAN)
     before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
-    draws = ours.draw(np.random.default_rng(0).random((50, ours.num_uniforms)))
+    operations, arguments = ours.draw(np.random.default_rng(0).random((50, ours.num_uniforms)))
     image = Image.new("RGB", (16, 16), (200, 30, 60))
     for row in range(50):
-        ours.apply(image, draws.operations[row], draws.arguments[row])
+        ours.apply(image, operations[row], arguments[row])
     assert random.getstate() == before[0] and np.random.get_state()[1].tolist() == before[1]
     assert torch.equal(torch.get_rng_state(), before[2])
 

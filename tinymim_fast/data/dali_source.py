@@ -24,7 +24,7 @@ from tinymim_fast.data.threads import Readers
 from tinymim_fast.data.views import TrainView
 
 if TYPE_CHECKING:  # timm, of which most loaders need nothing
-    from tinymim_fast.data.rand_augment import AugmentDraws, RandAugment
+    from tinymim_fast.data.rand_augment import RandAugment
 
 # What DALI's own operations do of timm's; what moves pixels is one operation with a matrix.
 KINDS = (
@@ -143,17 +143,17 @@ def _train_parameters(draws: ViewDraws, view: TrainView, rand_augment: RandAugme
         order = np.ascontiguousarray(draws.jitter_order.T)  # (stages, n)
         return (*parameters, *order, *np.take_along_axis(draws.jitter.T, order, axis=0).astype(np.float32))
     if view.is_changed:
-        return (*parameters, _augment_rows(draws.augment, rand_augment, view.img_size))
+        return (*parameters, _augment_rows(draws, rand_augment, view.sizes[-1]))
     return parameters
 
 
-def _augment_rows(draws: AugmentDraws, rand_augment: RandAugment, size: int) -> np.ndarray:
+def _augment_rows(draws: ViewDraws, rand_augment: RandAugment, size: int) -> np.ndarray:
     """(n, layers, 9) float64: timm's operation and argument; for DALI's own operations the kind and a matrix."""
     names = [name.removesuffix("Increasing") for name in rand_augment.names]
     kinds = np.array([KINDS.index(name) if name in KINDS else KINDS.index("Warp") for name in names])
     kind = np.where(draws.operations < 0, -1, kinds[draws.operations])
     columns = np.stack([draws.operations, draws.arguments, kind], axis=2)
-    return np.concatenate([columns, rand_augment.matrices(draws, size)], axis=2)
+    return np.concatenate([columns, rand_augment.matrices(draws.operations, draws.arguments, size)], axis=2)
 
 
 def _eval_parameters(crops: CenterCrops) -> tuple[np.ndarray, ...]:

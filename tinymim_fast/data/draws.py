@@ -16,7 +16,7 @@ import numpy as np
 from tinymim_fast.data.views import TrainView
 
 if TYPE_CHECKING:  # timm, of which most loaders need nothing
-    from tinymim_fast.data.rand_augment import AugmentDraws, RandAugment
+    from tinymim_fast.data.rand_augment import RandAugment
 
 BRIGHTNESS, CONTRAST, SATURATION = range(3)  # the jitter operations, as numbered in `ViewDraws.jitter_order`
 
@@ -77,7 +77,7 @@ class ViewDraws:
         flip: (n,) bool, mirror left to right.
         jitter: (n, 3) float64, factors of BRIGHTNESS, CONTRAST and SATURATION in this order.
         jitter_order: (n, 3) int32, the operations in the order in which they are applied.
-        augment: what RandAugment does; None where the view has none.
+        operations, arguments: (n, L), RandAugment's, see `RandAugment.draw`; no layers where the view has none.
     """
 
     top: np.ndarray
@@ -87,7 +87,8 @@ class ViewDraws:
     flip: np.ndarray
     jitter: np.ndarray
     jitter_order: np.ndarray
-    augment: AugmentDraws | None = None
+    operations: np.ndarray
+    arguments: np.ndarray
 
 
 def draw_views(
@@ -122,6 +123,7 @@ def draw_views(
 
     strength = np.asarray(view.color_jitter or (0.0, 0.0, 0.0))
     low, high = np.maximum(0.0, 1 - strength), 1 + strength
+    operations, arguments = _draw_augment(rand_augment, sample_ids, seed=seed, epoch=epoch)
     return ViewDraws(
         top=top.astype(np.int32),
         left=left.astype(np.int32),
@@ -130,11 +132,16 @@ def draw_views(
         flip=rest[:, 2] < view.hflip,
         jitter=low + (high - low) * rest[:, 3:6],
         jitter_order=np.argsort(rest[:, 6:9], axis=1, kind="stable").astype(np.int32),
-        augment=rand_augment and _draw_augment(rand_augment, sample_ids, seed=seed, epoch=epoch),
+        operations=operations,
+        arguments=arguments,
     )
 
 
-def _draw_augment(rand_augment: RandAugment, sample_ids: np.ndarray, *, seed: int, epoch: int) -> AugmentDraws:
+def _draw_augment(
+    rand_augment: RandAugment | None, sample_ids: np.ndarray, *, seed: int, epoch: int
+) -> tuple[np.ndarray, np.ndarray]:
+    if rand_augment is None:
+        return np.empty((len(sample_ids), 0), dtype=np.int32), np.empty((len(sample_ids), 0))
     return rand_augment.draw(_hash_uniforms((seed, _AUGMENT_STREAM, epoch), sample_ids, rand_augment.num_uniforms))
 
 

@@ -7,7 +7,6 @@ depend on what ran before. Here the draws are arrays, and its operations are cal
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from types import FunctionType
 
 import numpy as np
@@ -19,20 +18,6 @@ from timm.data import auto_augment
 _MOVES = {"ShearX": (1, False), "ShearY": (3, False), "TranslateXRel": (2, True), "TranslateYRel": (5, True)}
 
 
-@dataclass(frozen=True, eq=False)
-class AugmentDraws:
-    """What RandAugment does to each image of a batch of n, in L layers.
-
-    Args:
-        operations: (n, L) int32, positions in `RandAugment.names`; -1: none in this layer.
-        arguments: (n, L) float64, what timm's operation is called with: degrees, a factor, a threshold; 0 for those
-            that take nothing.
-    """
-
-    operations: np.ndarray
-    arguments: np.ndarray
-
-
 class RandAugment:
     """timm's RandAugment (arXiv 1909.13719) as a function of uniforms.
 
@@ -41,7 +26,7 @@ class RandAugment:
         mean: per channel, of 1: what a shifted picture leaves empty is filled with it.
 
     Attributes:
-        names: of timm's operations, as numbered in `AugmentDraws.operations`.
+        names: of timm's operations, as `draw` numbers them.
         fill: that mean, of 255.
         num_layers: operations in a row.
         num_uniforms: what `draw` takes: of each layer which operation, whether at all, how strong, and which way.
@@ -56,11 +41,15 @@ class RandAugment:
         self._ops, self._weights = policy.ops, policy.choice_weights
         self._argument_of = [[_with_sign(op.level_fn, negated) for negated in (False, True)] for op in policy.ops]
 
-    def draw(self, uniforms: np.ndarray) -> AugmentDraws:
-        """What these uniforms mean.
+    def draw(self, uniforms: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """What these uniforms mean for n images, in L layers.
 
         Args:
             uniforms: (n, num_uniforms) in [0, 1).
+
+        Returns:
+            (n, L) int32, operations as positions in `names`, -1 for none in this layer; and (n, L) float64, what
+            timm's operation is called with: degrees, a factor, a threshold; 0 for those that take nothing.
         """
         which, whether, how, way = np.moveaxis(uniforms.reshape(len(uniforms), self.num_layers, 4), 2, 0)  # (n, L)
         op = self._ops[0]  # probability and strength are those of all
@@ -73,7 +62,7 @@ class RandAugment:
         operations = np.where(whether <= op.prob, self._choose(which), -1).astype(np.int32)
         rows = zip(operations.ravel().tolist(), magnitudes.ravel().tolist(), (way > 0.5).ravel().tolist(), strict=True)
         arguments = np.array([self._argument(*row) for row in rows], dtype=np.float64)
-        return AugmentDraws(operations, arguments.reshape(operations.shape))
+        return operations, arguments.reshape(operations.shape)
 
     def _choose(self, u: np.ndarray) -> np.ndarray:
         """(n, L) operations: uniform with replacement or, with timm's weights, in proportion to them and without."""
@@ -91,19 +80,20 @@ class RandAugment:
         of_level = self._argument_of[operation][negated]
         return 0.0 if operation < 0 or of_level is None else of_level(magnitude, self._ops[operation].hparams)[0]
 
-    def matrices(self, draws: AugmentDraws, size: int) -> np.ndarray:
+    def matrices(self, operations: np.ndarray, arguments: np.ndarray, size: int) -> np.ndarray:
         """(n, L, 6) float64, where a pixel of the changed picture comes from: `x' = a x + b y + c, y' = d x + e y + f`.
 
         As PIL takes them: coordinates of pixels' centres in pixels, (0.5, 0.5) the first. The identity for operations
         that move nothing.
 
         Args:
-            draws: what is done.
+            operations: (n, L), of `draw`.
+            arguments: (n, L), of `draw`.
             size: side of the square pictures, pixels.
         """
-        found = np.tile(np.array([1.0, 0, 0, 0, 1, 0]), (*draws.operations.shape, 1))
+        found = np.tile(np.array([1.0, 0, 0, 0, 1, 0]), (*operations.shape, 1))
         for number, name in enumerate(self.names):
-            here, value = draws.operations == number, draws.arguments[draws.operations == number]
+            here, value = operations == number, arguments[operations == number]
             if name == "Rotate":
                 cos, sin, half = np.cos(np.radians(value)), np.sin(np.radians(value)), size / 2
                 shift = half - half * cos
@@ -118,8 +108,8 @@ class RandAugment:
 
         Args:
             image: RGB.
-            operations: (L,), a row of `AugmentDraws.operations`.
-            arguments: (L,), the same row of `AugmentDraws.arguments`.
+            operations: (L,), a row of what `draw` gave.
+            arguments: (L,), the same row.
         """
         for operation, argument in zip(operations.astype(int).tolist(), arguments.tolist(), strict=True):
             if operation < 0:

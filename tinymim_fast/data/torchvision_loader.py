@@ -54,7 +54,7 @@ class _TrainBatches(Dataset):
                 for operation in params.jitter_order[i]:
                     image = _JITTER[operation](image, float(params.jitter[i, operation]))
             elif view.is_changed:
-                image = plan.rand_augment.apply(image, params.augment.operations[i], params.augment.arguments[i])
+                image = plan.rand_augment.apply(image, params.operations[i], params.arguments[i])
             views.append(image)
             samples.append([F.pil_to_tensor(picture) for picture in views[-view.num_views :]])
         batch = [torch.stack(pictures) for pictures in zip(*samples)]
