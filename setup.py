@@ -8,6 +8,7 @@ from setuptools import find_packages, setup
 HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "tinymim_fast" / "version.py").read_text())[1]
 
+EXPORT = ["onnx>=1.19", "onnxscript>=0.5", "onnxruntime>=1.22"]
 TRAIN = [
     "timm>=1.0.31,<1.1",
     "deepspeed>=0.19,<0.20",
@@ -43,7 +44,17 @@ setup(
         "train": [*TRAIN, "nvidia-dali-cuda130>=2.4,<3; platform_system == 'Linux'"],
         "train-cu12": [*TRAIN, "nvidia-dali-cuda120>=2.2,<3; platform_system == 'Linux'"],
         "corruptions": ["imagecorruptions-imaug>=1.1.5"],  # evaluate --make-corruptions
+        "export": EXPORT,  # export --formats onnx
         "torchao": ["torchao>=0.18"],  # --teacher-precision fp8, and int8 on a GPU
-        "dev": ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.9", "transformers>=5"],
+        "dev": [
+            "pytest>=8",
+            "pytest-xdist>=3.6",
+            "hypothesis>=6.100",
+            "ruff>=0.9",
+            "transformers>=5",
+            "lightning>=2.5",
+            "accelerate>=1.10",
+            *EXPORT,
+        ],
     },
 )

@@ -73,6 +73,8 @@ ARROWS = {  # room: what of tinymim_fast it may import, rooms or single modules
         *("tasks", "targets", "models", "evaluation", "data", "training.task"),
         *("config", "distributed", "errors", "files"),
     },
+    "tinymim_fast/adapters": {"adapters", "kernels", "models.taps", "models.vit"},
+    "tinymim_fast/adapters/tapped.py": set(),
     "tinymim_fast/stages.py": set(),
     "tinymim_fast/chain_report.py": {"config", "files", "models.checkpoints", "training.metrics"},
     "tinymim_fast/chain.py": {

@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -95,28 +96,29 @@ def evaluate(
     import timm
     import torch
 
-    from tinymim_fast.evaluation.classes import Head
+    from tinymim_fast.evaluation.classes import load_with_head
     from tinymim_fast.evaluation.metrics import OF_CLASSIFIER, Sources, prepare, read_class_map
     from tinymim_fast.evaluation.ranks import Share
     from tinymim_fast.evaluation.splits import find_splits
     from tinymim_fast.models.checkpoints import load_encoder
-    from tinymim_fast.models.classifier import load_classifier
     from tinymim_fast.models.vit import create_vit, freeze, init_mae_style
 
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     share = Share(device, batch_size, workers, group)
     of_classifier = [metric for metric in metrics if metric in OF_CLASSIFIER]
     of_features = [metric for metric in metrics if metric not in OF_CLASSIFIER]
-    load = load_classifier if of_classifier else load_encoder
-    vit, info = share.on_all(lambda: load(checkpoint, model=model, model_kwargs=model_kwargs, key=key))
+    options = {"model": model, "model_kwargs": model_kwargs, "key": key}
+    if of_classifier:
+        names = share.on_all(lambda: read_class_map(class_map)) if class_map else None
+        vit, info, head = share.on_all(lambda: load_with_head(checkpoint, **options, class_names=names))
+    else:
+        vit, info = share.on_all(lambda: load_encoder(checkpoint, **options))
     if untrained:
         torch.manual_seed(seed)
         vit = create_vit(info.architecture, **info.model_kwargs)
         init_mae_style(vit, pos_embed=info.recipe.get("student_pos_embed", "sincos"))
-    told = info.class_names and tuple(info.class_names)
-    head = share.on_all(lambda: Head(vit.num_classes, read_class_map(class_map) if class_map else told))
     sources = Sources(data_path, real_labels, make_corruptions)
-    runs = share.on_all(lambda: prepare(of_classifier, vit, head, share, sources))
+    runs = share.on_all(lambda: prepare(of_classifier, vit, head, share, sources)) if of_classifier else {}
     splits = share.on_all(lambda: find_splits(data_path, workers=workers)) if of_features else None
     view = share.on_all(lambda: eval_view(info, checkpoint, crop_pct=crop_pct))
     freeze(vit, torch.float32, device)
@@ -259,11 +261,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with flags(**CHECKPOINT_FLAGS, **FLAGS):
             options = checkpoint_arguments(args)
-            for name, number in {"nb_knn": min(args.nb_knn), "batch_size": args.batch_size}.items():
-                if number < 1:
-                    raise InputError(f"got {number}, want 1 or more", argument=name)
-            if args.output_dir:
-                check_folder(args.output_dir)
             if "RANK" in os.environ:
                 local_rank = complete_environment()
                 if torch.cuda.is_available():
@@ -271,6 +268,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                 join("gloo")
                 rank, group = dist.get_rank(), dist.group.WORLD
                 logger.setLevel(logging.ERROR if rank else logging.NOTSET)
+            for name, number in {"nb_knn": min(args.nb_knn), "batch_size": args.batch_size}.items():
+                if number < 1:
+                    raise InputError(f"got {number}, want 1 or more", argument=name)
+            if args.output_dir:
+                check_folder(args.output_dir)
             found = evaluate(
                 args.checkpoint,
                 args.data_path,
@@ -295,7 +297,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"evaluate: {error}", file=sys.stderr, flush=True)
         code = EXIT_INPUT
     if group is not None:
-        dist.barrier(group)  # a launcher ends all ranks where one ended with an error: not before rank 0 has told it
+        # A launcher ends all ranks where one ended with an error: not before rank 0 has told it. The others wait here
+        # while rank 0 classifies features, which may take hours.
+        dist.monitored_barrier(group, timeout=timedelta(days=7))
         dist.destroy_process_group()
     return code
 

@@ -62,8 +62,8 @@ def test_what_is_validated_is_what_is_saved(whole, image_folder):
     """The last record's numbers, from the files: of the weights and of their average."""
     from tinymim_fast.data import find_images
     from tinymim_fast.data.views import EvalView
-    from tinymim_fast.evaluation.classification import top_accuracies
     from tinymim_fast.evaluation.ranks import Share
+    from tinymim_fast.evaluation.top_accuracies import top_accuracies
 
     record, images = read_metrics(whole)[-1], find_images(image_folder, split="val", workers=1)
     view, share = EvalView(img_size=32, resize_size=37), Share(torch.device("cpu"), 16, 1, loader="torchvision")

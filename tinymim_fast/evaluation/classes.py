@@ -5,14 +5,18 @@ from __future__ import annotations
 import functools
 import logging
 import pkgutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
+from timm.models.vision_transformer import VisionTransformer
 
 from tinymim_fast.data import ImageIndex
 from tinymim_fast.data.errors import name_some
 from tinymim_fast.errors import InputError
+from tinymim_fast.models.classifier import load_classifier
+from tinymim_fast.models.model_info import ModelInfo
 
 logger = logging.getLogger("tinymim_fast")
 IMAGENET_CLASSES = 1000
@@ -49,6 +53,32 @@ def imagenet_synsets(subset: str = "imagenet") -> tuple[str, ...]:
     From the lists that timm ships.
     """
     return tuple(pkgutil.get_data("timm.data", f"_info/{subset}_synsets.txt").decode().split())
+
+
+def load_with_head(
+    source: str,
+    *,
+    model: str | None = None,
+    model_kwargs: Mapping[str, Any] | None = None,
+    key: str | None = None,
+    class_names: Sequence[str] | None = None,
+) -> tuple[VisionTransformer, ModelInfo, Head]:
+    """`load_classifier`, and what is known of the outputs.
+
+    Args:
+        source: see `load_classifier`, as `model`, `model_kwargs` and `key`.
+        class_names: instead of those that the file says.
+
+    Raises:
+        InputError: see `load_classifier`; or another number of names than outputs, argument "class_map".
+    """
+    vit, info = load_classifier(source, model=model, model_kwargs=model_kwargs, key=key)
+    if class_names is not None and len(class_names) != vit.num_classes:
+        raise InputError(
+            f"got {len(class_names)} names for {vit.num_classes} outputs, want one for each", argument="class_map"
+        )
+    names = info.class_names if class_names is None else class_names
+    return vit, info, Head(vit.num_classes, None if names is None else tuple(names))
 
 
 def match_folder(index: ImageIndex, head: Head, *, argument: str = "data_path") -> ImageIndex:

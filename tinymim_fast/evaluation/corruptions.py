@@ -21,9 +21,9 @@ from tinymim_fast.data.errors import name_some
 from tinymim_fast.data.views import EvalView
 from tinymim_fast.errors import InputError
 from tinymim_fast.evaluation.classes import Head, imagenet_synsets, match_folder
-from tinymim_fast.evaluation.classification import top_accuracies
 from tinymim_fast.evaluation.imagenet_sets import find_folder
 from tinymim_fast.evaluation.ranks import Share
+from tinymim_fast.evaluation.top_accuracies import top_accuracies
 
 SEVERITIES = (1, 2, 3, 4, 5)
 # Top-1 error of AlexNet, mean over the five severities: arXiv 1903.12261, by github.com/hendrycks/robustness.

@@ -21,8 +21,8 @@ from tinymim_fast.data.errors import name_some
 from tinymim_fast.data.views import EvalView
 from tinymim_fast.errors import InputError
 from tinymim_fast.evaluation.classes import Head, imagenet_synsets, relabelled
-from tinymim_fast.evaluation.classification import logits_of
 from tinymim_fast.evaluation.ranks import Share
+from tinymim_fast.evaluation.top_accuracies import logits_of
 
 # Metric: what its archive unpacks to, and the classes that it has.
 FOLDERS = {

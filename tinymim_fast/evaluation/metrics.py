@@ -14,7 +14,6 @@ from tinymim_fast.data import ImageIndex, find_images
 from tinymim_fast.data.views import EvalView
 from tinymim_fast.errors import InputError
 from tinymim_fast.evaluation.classes import Head, imagenet_synsets, match_folder
-from tinymim_fast.evaluation.classification import top_accuracies
 from tinymim_fast.evaluation.corruptions import check_corrupted, corruption_errors, find_corrupted
 from tinymim_fast.evaluation.imagenet_sets import (
     FOLDERS,
@@ -26,6 +25,7 @@ from tinymim_fast.evaluation.imagenet_sets import (
 )
 from tinymim_fast.evaluation.make_corruptions import check_maker, make_corruptions
 from tinymim_fast.evaluation.ranks import Share
+from tinymim_fast.evaluation.top_accuracies import top_accuracies
 
 OF_CLASSIFIER = ("top1", "real", *FOLDERS, "c")
 OF_FEATURES = ("knn", "linear")

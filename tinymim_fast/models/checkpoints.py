@@ -126,7 +126,7 @@ def load_encoder(
     model_kwargs: Mapping[str, Any] | None = None,
     img_size: int | None = None,
     key: str | None = None,
-    whole: bool = False,
+    classifier: bool = False,
 ) -> tuple[VisionTransformer, ModelInfo]:
     """A whole encoder with its weights, fp32 on the CPU, and what it is.
 
@@ -138,7 +138,7 @@ def load_encoder(
         img_size: side of the square input, pixels; absolute position embeddings are resampled to it. Default: the
             file's.
         key: of several models in one file, the one below this key.
-        whole: also what lies behind the blocks, final norm and classifier, must be in the file.
+        classifier: whether final norm and head must be there too; see `classifier.load_classifier`.
 
     Raises:
         InputError: unreadable, weights of another architecture (names the first key that differs and both shapes),
@@ -167,7 +167,7 @@ def load_encoder(
             shape_of = create_vit(info.architecture, **kwargs)
     check_heads(shape_of, info.head_layout.get("num_heads", []), source)
     resized = img_size is not None or "img_size" in asked
-    _fit(shape_of, state, source=source, name=info.architecture, resize=resized, whole=whole)
+    _fit(shape_of, state, source=source, name=info.architecture, resize=resized, classifier=classifier)
     check_finite(state, path)
     vit = create_vit(info.architecture, **kwargs)
     load_state(vit, state, source=source, name=info.architecture)
@@ -215,7 +215,7 @@ def _fit(
     source: str,
     name: str,
     resize: bool = True,
-    whole: bool = False,
+    classifier: bool = False,
 ) -> dict[str, torch.Tensor]:
     """What of `state` goes into `vit`, position embeddings resampled with `resize`; raises where it doesn't fit."""
 
@@ -228,7 +228,7 @@ def _fit(
     if resize and embed is not None and "pos_embed" in wanted and embed.shape != wanted["pos_embed"].shape:
         state["pos_embed"] = _resample(embed, vit)
     for key, tensor in wanted.items():
-        if key not in state and (whole or not key.startswith(NOT_NEEDED)):
+        if key not in state and (classifier or not key.startswith(NOT_NEEDED)):
             raise refused(f"it lacks {key}, {tuple(tensor.shape)}")
         if key in state and state[key].shape != tensor.shape:
             raise refused(f"{key} is {tuple(state[key].shape)} in the file, {tuple(tensor.shape)} in the model")

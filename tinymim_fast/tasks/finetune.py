@@ -327,8 +327,8 @@ def _validation(
     import torch
 
     from tinymim_fast.data.views import EvalView
-    from tinymim_fast.evaluation.classification import top_accuracies
     from tinymim_fast.evaluation.ranks import Share
+    from tinymim_fast.evaluation.top_accuracies import top_accuracies
     from tinymim_fast.models.preprocessing import Preprocessing
     from tinymim_fast.training.task import Validation
 

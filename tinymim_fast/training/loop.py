@@ -207,7 +207,9 @@ def train(
             while step < total_steps:
                 lr = engine.lr
                 step_start.keep()
-                losses = train_step(micro_batches, agreement)  # queued: the host runs ahead of the device
+                losses = train_step(
+                    micro_batches, agreement.start, agreement.may_update
+                )  # queued: the host runs ahead of the device
                 stop.now("training")
                 if agreement.is_undone:  # a rank waits for images in vain: all are where the step before left them
                     step_start.restore()

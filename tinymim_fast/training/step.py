@@ -8,7 +8,6 @@ import torch
 from torch.profiler import record_function
 
 from tinymim_fast.engine import Engine
-from tinymim_fast.training.agreement import Agreement
 from tinymim_fast.training.task import Views
 
 
@@ -43,12 +42,18 @@ class TrainStep:
         self.parts = tuple(parts)
         self.accumulation_steps = accumulation_steps
 
-    def __call__(self, micro_batches: Iterator[Views], agreement: Agreement | None = None) -> torch.Tensor:
+    def __call__(
+        self,
+        micro_batches: Iterator[Views],
+        have_images: Callable[[], None] = lambda: None,
+        may_update: Callable[[], bool] = lambda: True,
+    ) -> torch.Tensor:
         """Take `accumulation_steps` micro-batches and update the weights; the host waits for no device here.
 
         Args:
             micro_batches: of this rank.
-            agreement: asked when the last micro-batch is there, and answered before the update, which it may call off.
+            have_images: called when the last micro-batch is there.
+            may_update: asked after the last backward pass; False leaves the weights, and the gradient, as they are.
 
         Returns:
             (parts,) losses of this rank on the device, detached.
@@ -56,11 +61,10 @@ class TrainStep:
         total = 0.0
         for number in range(1, self.accumulation_steps + 1):
             views = next(micro_batches)
-            if agreement is None or number < self.accumulation_steps:
-                total = total + self.micro_step(views)
-            else:
-                agreement.start()
-                total = total + self.micro_step(views, agreement.may_update)
+            last = number == self.accumulation_steps
+            if last:
+                have_images()
+            total = total + (self.micro_step(views, may_update) if last else self.micro_step(views))
         return total / self.accumulation_steps
 
     def micro_step(self, views: Views, may_update: Callable[[], bool] = lambda: True) -> torch.Tensor:
@@ -68,7 +72,7 @@ class TrainStep:
 
         Args:
             views: (B, 3, S, S) each, on the device, and what else the loader gives, such as labels.
-            may_update: asked after the backward pass; False leaves the weights, and the gradient, as they are.
+            may_update: see `__call__`; asked after this backward pass.
         """
         are_images = [view.is_floating_point() for view in views]  # labels are not, and targets made of them stay fp32
         with torch.no_grad():

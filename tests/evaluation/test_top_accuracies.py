@@ -6,13 +6,15 @@ import json
 import pytest
 import timm
 import torch
+from safetensors.torch import load_file, save_file
 from timm.models import save_for_hf
 
 from support.classifiers import logits_by_loop, save_classifier
 from support.programs import TINY, run_forked, start_ranks
 from tinymim_fast.errors import EXIT_INPUT, InputError
 from tinymim_fast.evaluate import evaluate, main
-from tinymim_fast.models.classifier import load_classifier
+from tinymim_fast.evaluation.classes import load_with_head
+from tinymim_fast.models.checkpoints import METADATA_KEY, read_weights
 
 
 @pytest.fixture(scope="module")
@@ -97,10 +99,11 @@ def test_heads_come_from_other_formats_too(save, image_folder, tmp_path):
     kwargs = {"global_pool": "avg", "img_size": 224, "depth": 12} if official else {**TINY, "img_size": 32}
     model = timm.create_model("vit_tiny_patch16_224", num_classes=16, **kwargs).eval()
     torch.nn.init.normal_(model.head.weight, std=1.0)
-    vit, info = load_classifier(save(model, None, tmp_path))
+    vit, info, head = load_with_head(save(model, None, tmp_path))
     images = torch.randn(2, 3, *model.patch_embed.img_size)
     assert torch.equal(vit.eval()(images), model(images)) and vit.num_classes == 16
     assert info.kind == ("fine-tuned" if official else "timm")
+    assert head.num_classes == 16
 
 
 def test_no_classifier_is_an_error_before_any_work(classifier, image_folder, tmp_path, capsys):
@@ -110,10 +113,6 @@ def test_no_classifier_is_an_error_before_any_work(classifier, image_folder, tmp
     assert "--metric:" in (said := capsys.readouterr().err) and "has no classifier" in said
     headless = tmp_path / "headless"
     model = save_classifier(headless, 16)
-    from safetensors.torch import load_file, save_file
-
-    from tinymim_fast.models.checkpoints import METADATA_KEY, read_weights
-
     state, info = load_file(headless / "model.safetensors"), read_weights(headless)[1]
     described = {METADATA_KEY: json.dumps({**vars(info)})}
     save_file({k: v for k, v in state.items() if not k.startswith("head.")}, headless / "model.safetensors", described)
@@ -131,10 +130,13 @@ def test_no_classifier_is_an_error_before_any_work(classifier, image_folder, tmp
         (["--metric", "real", "--real-labels=/nowhere"], "--metric: got real, which wants"),
         (["--metric", "a"], "--metric: got a, which wants a classifier of ImageNet's 1000 classes"),
         (["--metric", "c"], "--data-path: "),
+        (["--metric", "top1", "--class-map={map}"], "--class-map: got 2 names for 16 outputs, want one for each"),
     ],
 )
 def test_bad_flags(flags, said, classifier, image_folder, tmp_path, capsys):
     out = tmp_path / "out"
+    (tmp_path / "map.txt").write_text("ant\nbee\n")
+    flags = [flag.format(map=tmp_path / "map.txt") for flag in flags]
     assert main([str(classifier[0]), f"--data-path={image_folder}", f"--output-dir={out}", *flags]) == EXIT_INPUT
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1 and not out.exists()
