@@ -148,7 +148,7 @@ def load_classifier(
     if source.startswith("timm:") and not source.startswith("timm:local-dir:"):
         config = timm.get_pretrained_cfg(check_name(source.removeprefix("timm:"), "source"))
         kwargs.setdefault("num_classes", config.num_classes if config else 0)
-    vit, info = load_encoder(source, model=model, model_kwargs=kwargs, img_size=img_size, key=key, whole=True)
+    vit, info = load_encoder(source, model=model, model_kwargs=kwargs, img_size=img_size, key=key, classifier=True)
     if not vit.num_classes:
         raise InputError(
             f"{source} has no classifier, so no accuracy of its own; take the metrics knn or linear, or fine-tune it "
