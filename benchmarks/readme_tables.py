@@ -34,6 +34,12 @@ PROOFS = [
     ("DALI views against PIL and torchvision", "tested (CPU decoding)", ["other_gpu_tests"]),
     ("damaged files replaced in training, tar shards", "tested, one and two processes", ["other_gpu_tests"]),
     ("a training step in bf16 on random images", "tested", ["train_step"]),
+    (
+        "CUDA graphs: the teacher's (`--cuda-graphs true`), a user's around the loss",
+        "tested by a stand-in for graphs; no operator that a graph can't hold",
+        ["kernel_tests", "other_gpu_tests"],
+    ),
+    ("attention kernels beside SDPA's choice (`--attention`)", "tested: `sdpa`, `flash`, `math`", ["attention"]),
     ("pre-training, distillation with DeepSpeed, export, k-NN (`make demo`)", "tested", ["demo"]),
     ("ZeRO 0 to 3, exact resume, also on other numbers of ranks", "tested, one to three processes", []),
 ]
@@ -108,7 +114,8 @@ def _ratio(row: Row, ours: Row) -> str:
 def performance(results: Path) -> str:
     """A section for each device and benchmark, GPUs first, and the picture of the first device that has one."""
     rows = read_rows(results)
-    losses = newest(rows, "relation_loss", sweep="presets", mode="forward_backward")
+    paper = [row for row in rows if row.get("preset") in ("B", "S", "T")]
+    losses = newest(paper, "relation_loss", sweep="presets", mode="forward_backward")
     # Rows without a precision are of a look-alike of the step that the loop no longer runs.
     steps = newest((row for row in rows if "precision" in row), "train_step", sweep="pairs")
     loading = newest(rows, "data_loading", sweep="views")

@@ -75,6 +75,9 @@ ARROWS = {  # room: what of tinymim_fast it may import, rooms or single modules
     },
     "tinymim_fast/adapters": {"adapters", "kernels", "models.taps", "models.vit"},
     "tinymim_fast/adapters/tapped.py": set(),
+    "tinymim_fast/relation_maps.py": {"errors", "models.preprocessing", "models.taps"},
+    "tinymim_fast/relation_picture.py": {"files", "relation_maps"},
+    "tinymim_fast/show.py": {"checkpoint_flags", "errors", "models", "relation_maps", "relation_picture"},
     "tinymim_fast/stages.py": set(),
     "tinymim_fast/chain_report.py": {"config", "files", "models.checkpoints", "training.metrics"},
     "tinymim_fast/chain.py": {

@@ -65,6 +65,8 @@ class RunConfig:
         zero_stage: DeepSpeed ZeRO stage, 0 to 3.
         bf16: bf16 weights with fp32 master weights and fp32 gradient accumulation; else fp32.
         compile: compile the models' blocks; "auto": on GPUs.
+        cuda_graphs: run a distillation's teacher as a CUDA graph, on a GPU alone; "auto": not yet, as nothing has shown
+            it to be faster.
         attention: "sdpa", "flash", "cudnn" or "efficient" of PyTorch, "xformers", "math" (plain products), or "auto":
             the fastest by the table in models/attention.py, sdpa where it has no row.
         profile: optimizer steps to trace, after the first five of a start; 0 traces none.
@@ -111,6 +113,7 @@ class RunConfig:
             "gradient_accumulation_steps",
             "zero_stage",
             "compile",
+            "cuda_graphs",
             "attention",
             "profile",
             "deepspeed_config",
@@ -148,6 +151,7 @@ class RunConfig:
     zero_stage: Literal[0, 1, 2, 3] = 1
     bf16: bool = True
     compile: bool | Literal["auto"] = "auto"
+    cuda_graphs: bool | Literal["auto"] = "auto"
     attention: Literal["auto", "sdpa", "flash", "cudnn", "efficient", "xformers", "math"] = "auto"
     profile: int = 0
     deepspeed_config: str | None = None

@@ -39,6 +39,7 @@ from tinymim_fast.distributed import World, complete_environment, join, random_s
 from tinymim_fast.errors import InputError
 
 STATE = "optimizer.safetensors"
+MAX_BUCKET = 500_000_000  # DeepSpeed's own size of a bucket of gradients
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, by their names in PyTorch
 deepspeed.utils.logger.setLevel(logging.WARNING)  # a user's run needs its warnings, not every step of its set-up
 
@@ -118,6 +119,7 @@ class Engine:
 
     Attributes:
         step_applied: False after a step that was left out: see `step`.
+        ds_config: what DeepSpeed was told in the end.
     """
 
     looking = False  # whether the step that DeepSpeed takes now looks at the gradient's norm
@@ -145,6 +147,10 @@ class Engine:
         self._shapes = {name: p.shape for name, p in self._trained.items()}
         self._stage_3 = ds_config["zero_optimization"]["stage"] == 3
         exact = {name: p.detach().clone() for name, p in self._trained.items()}
+        # DeepSpeed fills a buffer of so many numbers at each step: by itself 5e8, whatever the model's size.
+        num_parameters = sum(p.numel() for p in self._trained.values())
+        zero_config = {"reduce_bucket_size": min(num_parameters, MAX_BUCKET), **ds_config["zero_optimization"]}
+        self.ds_config = {**ds_config, "zero_optimization": zero_config}
         scales = {p: (lr_scale or {}).get(name, 1.0) for name, p in self._trained.items()}
         undecayed = {p for name, p in self._trained.items() if name in no_weight_decay}
         groups = parameter_groups(model.parameters(), weight_decay, scales, undecayed)
@@ -160,7 +166,7 @@ class Engine:
                 optimizer=self._adamw,
                 # a group's lr is its lr_scale: the multiplier is the rate. DeepSpeed steps it once an optimizer step.
                 lr_scheduler=lambda wrapped: torch.optim.lr_scheduler.LambdaLR(wrapped, lr_at),
-                config=ds_config,
+                config=self.ds_config,
             )
         self._states_of = [
             p for group in self._adamw.param_groups for p in group["params"]

@@ -10,30 +10,17 @@ import sys
 from pathlib import Path
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).parent.parent)  # as tests have it
 
+from support.operators import CountReads
 from tinymim_fast import engine as engines
 from tinymim_fast.batches import BatchPlan
 from tinymim_fast.deepspeed_config import deepspeed_config
 from tinymim_fast.training.step import TrainStep
 
 STEPS, BATCH, ACCUMULATION = 4, 8, 2
-READS = ("aten._local_scalar_dense", "aten.is_nonzero", "aten.item")
-
-
-class CountReads(TorchDispatchMode):
-    """Counts what makes the host wait for a number of the device."""
-
-    def __init__(self):
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += str(function).startswith(READS)
-        return function(*args, **(kwargs or {}))
 
 
 class Network(torch.nn.Module):

@@ -7,6 +7,7 @@ import torch
 
 pytest.importorskip("deepspeed")
 
+from support.operators import CountReads
 from support.programs import ROOT, run_training
 from tinymim_fast.batches import BatchPlan
 from tinymim_fast.deepspeed_config import deepspeed_config
@@ -164,6 +165,23 @@ def test_master_weights_are_not_rounded(world):
     assert not torch.equal(exact["0.weight"], exact["0.weight"].bfloat16().float())
 
 
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_bucket_of_gradients_is_as_large_as_the_model(world, tmp_path, stage):
+    """DeepSpeed's own, 1.9 GiB, is filled at each step in fp32; a user's file wins."""
+    model = network()
+    engine = make_engine(model, world, bf16=False, zero_stage=stage)
+    size = sum(p.numel() for p in network().parameters())
+    assert engine.ds_config["zero_optimization"]["reduce_bucket_size"] == size
+    assert engine._engine.optimizer.reduce_bucket_size == size
+    theirs = users_file(tmp_path, {"zero_optimization": {"reduce_bucket_size": 7}})
+    own = make_engine(network(), world, bf16=False, zero_stage=stage, deepspeed_config=theirs)
+    assert own._engine.optimizer.reduce_bucket_size == 7
+    for each in (engine, own):
+        train_steps(each, range(2))
+    for name, trained in engine.trained_state().items():
+        torch.testing.assert_close(own.trained_state()[name], trained)
+
+
 def test_state_of_another_model_is_refused(world, tmp_path):
     engine = make_engine(network(), world, bf16=False)
     with pytest.raises(InputError, match=r"optimizer\.safetensors: can't be continued from: No such file"):
@@ -199,8 +217,6 @@ def test_no_step_reads_the_device_at_any_stage(stages):
 
 def test_the_counter_of_reads_counts():
     """What DeepSpeed asks in each step by itself."""
-    from support.stage_worker import CountReads
-
     with CountReads() as reads:
         bool(torch.ones(()).isfinite())
         torch.ones(()).item()

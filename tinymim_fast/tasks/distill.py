@@ -206,7 +206,7 @@ def build_task(
         whole_blocks,
     )
     from tinymim_fast.targets.relations import RelationDistiller
-    from tinymim_fast.training.task import Task, saved_buffers, train_view, without_prefix
+    from tinymim_fast.training.task import Frozen, Task, saved_buffers, train_view, without_prefix
 
     names = {"model": "student_model", "model_kwargs": "student_model_kwargs", "pos_embed": "student_pos_embed"}
     with flags(**names, source="output_dir"):
@@ -268,5 +268,10 @@ def build_task(
             teacher_preprocessing=asdict(view_t),
         ),
         kept={"teacher_checkpoint": which_teacher(config)},
+        frozen=Frozen(
+            teacher,
+            dtype_t,
+            {"teacher_precision": precision, "attention": config.attention, "compile": config.compile},
+        ),
         regions=(*whole_blocks(taps), *(whole_blocks(teacher) if precision != "int8" else ())),
     )

@@ -25,6 +25,7 @@ from tinymim_fast.training import checkpoint as checkpoints
 from tinymim_fast.training import resume
 from tinymim_fast.training.agreement import SAVE, STOP, TOO_MANY_BAD, UNDONE, Agreement, StepStart
 from tinymim_fast.training.compilation import Compiler, wanted
+from tinymim_fast.training.cuda_graphs import capture_frozen
 from tinymim_fast.training.ema import Ema
 from tinymim_fast.training.lock import RunLock
 from tinymim_fast.training.metrics import Recorder, plot_curves, warn_of_divergence
@@ -107,6 +108,8 @@ def train(
         steps_per_epoch = loader.steps_per_epoch
         regions = task.regions if wanted(config.compile, world.device) else ()
         compiler.compile(regions)
+        shape = (batches.micro_batch_size, 3, config.img_size, config.img_size)
+        capture_frozen(config.cuda_graphs, task.frozen, world.device, shape)
         with refusals(config.deepspeed_config):
             engine = Engine(
                 task.model,
@@ -131,7 +134,7 @@ def train(
             resume.check_kept(task.kept, client_state.get("kept"))
             bad_files.recheck(client_state["bad_files"])
             logger.info("continuing from %s", checkpoint)
-        world.broadcast(lambda: _prepare_folder(lock, config, ds_config, index, found.damaged))
+        world.broadcast(lambda: _prepare_folder(lock, config, engine.ds_config, index, found.damaged))
 
         # The run.
         train_step = TrainStep(

@@ -34,6 +34,21 @@ class Validation:
 
 
 @dataclass(frozen=True)
+class Frozen:
+    """A model that `Task.prepare` calls on images alone, in evaluation mode, without gradients or random numbers.
+
+    Args:
+        module: its forward may be replaced by one that does the same.
+        dtype: of its images.
+        settings: fields of the configuration that decide what runs in it, with their values, for messages.
+    """
+
+    module: nn.Module
+    dtype: torch.dtype
+    settings: dict[str, Any]
+
+
+@dataclass(frozen=True)
 class Task:
     """One kind of training, ready to run: see tasks/.
 
@@ -46,6 +61,7 @@ class Task:
         weights: the whole model's fp32 state in timm's names, from the engine's trained one.
         info: what the weights file says of itself; `step` and `epoch` are filled in.
         regions: modules, in `model` or called by `prepare`, that are compiled one by one where compiling is wanted.
+        frozen: the model that `prepare` calls, where there is one.
         lr_scale: factors on the learning rate by name in `model`, as timm's `lr_scale`; 1 for those not named.
         augment: what is done to the views of a micro-batch before, a pure function of them and of its number in the
             run; None for nothing.
@@ -65,6 +81,7 @@ class Task:
     weights: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
     info: ModelInfo
     regions: tuple[nn.Module, ...] = ()
+    frozen: Frozen | None = None
     lr_scale: Mapping[str, float] = field(default_factory=dict)
     augment: Callable[[Views, int], Views] | None = None
     no_weight_decay: Container[str] = ()
