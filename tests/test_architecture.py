@@ -49,7 +49,8 @@ ARROWS = {  # room: what of tinymim_fast it may import, rooms or single modules
     "tinymim_fast/evaluation": {"evaluation", "models", "data", "errors", "files"},
     "tinymim_fast/evaluate.py": {"evaluation", "models", "data", "distributed", "errors", "checkpoint_flags"},
     "tinymim_fast/export.py": {"models", "errors", "files", "checkpoint_flags"},
-    "tinymim_fast/engine.py": {"distributed", "errors"},
+    "tinymim_fast/parameter_groups.py": set(),
+    "tinymim_fast/engine.py": {"distributed", "errors", "parameter_groups"},
     "tinymim_fast/deepspeed_config.py": {"batches", "errors"},
     "tinymim_fast/training": {
         *(

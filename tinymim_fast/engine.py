@@ -11,6 +11,7 @@ import io
 import json
 import logging
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,17 @@ from deepspeed.utils import (
 )
 from torch import nn
 
-from tinymim_fast.distributed import World, complete_environment, join, random_states, seed_rank, set_random_states
+from tinymim_fast.distributed import (
+    World,
+    complete_environment,
+    join,
+    leave,
+    random_states,
+    seed_rank,
+    set_random_states,
+)
 from tinymim_fast.errors import InputError
+from tinymim_fast.parameter_groups import parameter_groups
 
 STATE = "optimizer.safetensors"
 MAX_BUCKET = 500_000_000  # DeepSpeed's own size of a bucket of gradients
@@ -44,8 +54,13 @@ MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, by their names in PyTorch
 deepspeed.utils.logger.setLevel(logging.WARNING)  # a user's run needs its warnings, not every step of its set-up
 
 
-def start() -> World:
-    """Join the processes that `deepspeed`, `torchrun` or nobody (plain `python`) started."""
+def start(max_wait_minutes: float | None = None) -> World:
+    """Join the processes that `deepspeed`, `torchrun` or nobody (plain `python`) started.
+
+    Args:
+        max_wait_minutes: what a run may wait for data or for a rank, so that no collective gives up before; 0: any
+            time. None: the backend's time-outs.
+    """
     local_rank = complete_environment()
     accelerator = get_accelerator()
     if accelerator.device_name() == "cpu":
@@ -60,44 +75,21 @@ def start() -> World:
             )
         accelerator.set_device(local_rank)
         device = torch.device(accelerator.device_name(local_rank))
-    join(accelerator.communication_backend_name())
+    timeout = None
+    if max_wait_minutes is not None:
+        timeout = timedelta(minutes=max_wait_minutes + 5) if max_wait_minutes else timedelta(days=365)
+    store = join(accelerator.communication_backend_name(), timeout)
     deepspeed.init_distributed(dist_backend=accelerator.communication_backend_name(), verbose=False)
-    return World(dist.get_rank(), dist.get_world_size(), device, dist.new_group(backend="gloo"))
+    host_group = dist.new_group(backend="gloo", timeout=timeout)
+    return World(dist.get_rank(), dist.get_world_size(), device, host_group, store)
 
 
-def stop() -> None:
-    """Leave the process group."""
-    if dist.is_initialized():
+def stop(world: World | None = None) -> None:
+    """Leave the process group; with `world`, together with the other ranks: see `leave`."""
+    if world is not None:
+        leave(world.store)
+    elif dist.is_initialized():
         dist.destroy_process_group()
-
-
-def parameter_groups(
-    parameters: Iterable[nn.Parameter],
-    weight_decay: float,
-    lr_scale: Mapping[nn.Parameter, float] | None = None,
-    no_weight_decay: Container[nn.Parameter] = frozenset(),
-) -> list[dict[str, Any]]:
-    """AdamW groups: no decay on 1-D parameters (biases, norms, LayerScale), as in MAE and TinyMIM.
-
-    Args:
-        parameters: those that require no gradient are left out.
-        weight_decay: of the others.
-        lr_scale: factors on the learning rate, 1 where there is none; "lr_scale" of a group, as in timm.
-        no_weight_decay: a set of others that are not decayed.
-    """
-    by_scale: dict[float, tuple[list[nn.Parameter], list[nn.Parameter]]] = {}
-    for parameter in parameters:
-        if parameter.requires_grad:
-            scale = 1.0 if lr_scale is None else lr_scale.get(parameter, 1.0)
-            decay, no_decay = by_scale.setdefault(scale, ([], []))
-            decays = parameter.ndim > 1 and parameter not in no_weight_decay
-            (decay if decays else no_decay).append(parameter)
-    return [
-        {"params": members, "weight_decay": decay, "lr_scale": scale}
-        for scale, of_scale in by_scale.items()
-        for members, decay in zip(of_scale, (weight_decay, 0.0), strict=True)
-        if members
-    ]
 
 
 class Engine:
@@ -168,9 +160,7 @@ class Engine:
                 lr_scheduler=lambda wrapped: torch.optim.lr_scheduler.LambdaLR(wrapped, lr_at),
                 config=self.ds_config,
             )
-        self._states_of = [
-            p for group in self._adamw.param_groups for p in group["params"]
-        ]  # flat partitions under ZeRO
+        self._states_of = [p for group in self._adamw.param_groups for p in group["params"]]  # flat parts under ZeRO
         if self._stage_3:  # which puts them into the groups for the moment of a step only
             self._states_of = self._engine.optimizer.fp32_partitioned_groups_flat
         for name, parameter in self._trained.items():
@@ -262,8 +252,16 @@ class Engine:
             for master, value in zip(self.masters, kept, strict=True):
                 master.copy_(value)
 
-    def optimizer_state(self) -> dict[str, torch.Tensor]:
+    @property
+    def holds_all(self) -> bool:
+        """Whether this rank has all weights and moments itself."""
+        return self.world.world_size == 1 or self._engine.optimizer is self._adamw
+
+    def optimizer_state(self, *, alone: bool = False) -> dict[str, torch.Tensor]:
         """Both moments of each weight, whole and fp32, and every rank's random states, on rank 0's CPU. Collective.
+
+        Args:
+            alone: without the random states, and not collective, where this rank `holds_all`.
 
         Nothing in it depends on how many ranks there are or how ZeRO divides the optimizer among them.
         """
@@ -275,7 +273,8 @@ class Engine:
                     full = self._adamw.state[parameter][moment]
                 if self.world.is_main:
                     state[f"{moment}.{name}"] = full.detach().cpu()
-        for rank, random in enumerate(self.world.gather(random_states(self.world.device))):
+        everyones = [] if alone else self.world.gather(random_states(self.world.device))
+        for rank, random in enumerate(everyones):
             state.update({f"random_{kind}.{rank}": tensor for kind, tensor in random.items()})
         return state
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 import json
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,9 @@ class Checkpoints:
         ema: gives their average; None for none.
         steps_per_epoch: optimizer steps.
         start_step: step that the run goes on from, 0 for a new one.
+
+    Attributes:
+        best: name of a checkpoint that is not removed, however old; None for none.
     """
 
     def __init__(
@@ -70,6 +74,7 @@ class Checkpoints:
         self.config, self.world, self.task, self.engine, self.ema = config, world, task, engine, ema
         self.output_dir = Path(config.output_dir)
         self.steps_per_epoch = steps_per_epoch
+        self.best: str | None = None
         self._saved_step = start_step or None
         self._saved_at = time.monotonic()
 
@@ -84,18 +89,27 @@ class Checkpoints:
         minutes = self.config.checkpoint_minutes
         return bool(minutes) and self.world.is_main and time.monotonic() - self._saved_at > 60 * minutes
 
-    def save(self, step: int, client_state: dict[str, Any], best: str | None = None) -> None:
+    def save(self, step: int, client_state: dict[str, Any]) -> None:
         """Write the checkpoint of `step`, unless there is one, and remove the oldest. Collective; waits for the device.
 
         Args:
             step: optimizer steps taken.
             client_state: what a continuation needs besides, as JSON can hold it.
-            best: name of a checkpoint that is not removed, however old.
 
         Raises:
             InputError: it can't be written; the last one is untouched.
             NonFiniteLossError: a weight is not finite.
         """
+        self._save(step, client_state, self.world.broadcast)  # an error of rank 0 is everyone's
+
+    def save_alone(self, step: int, client_state: dict[str, Any]) -> None:
+        """What `save` does, of rank 0 without the others, which are gone, where the engine `holds_all`.
+
+        Random numbers are not in it: a run that goes on from it draws new ones.
+        """
+        self._save(step, client_state, None)
+
+    def _save(self, step: int, client_state: dict[str, Any], together: Callable[..., Any] | None) -> None:
         if self._saved_step == step:
             return
         weights = self.task.weights(self.engine.trained_state())
@@ -103,7 +117,7 @@ class Checkpoints:
         if broken:
             raise NonFiniteLossError(f"{broken[0]} is not finite after step {step}")
         averaged = None if self.ema is None else self.task.weights(self.ema.state())
-        state = self.engine.optimizer_state()
+        state = self.engine.optimizer_state(alone=together is None)
         info = replace(self.task.info, step=step, epoch=step / self.steps_per_epoch)
         final = self.output_dir / FOLDER / name_of(step)
 
@@ -116,10 +130,10 @@ class Checkpoints:
                     save_weights(folder, averaged, info, EMA_WEIGHTS)
                 save_state(folder, state, {**client_state, "step": step})
                 write_checksums(folder)
-            prune(self.output_dir, self.config.checkpoint_hist, best)
+            prune(self.output_dir, self.config.checkpoint_hist, self.best)
 
         try:
-            self.world.broadcast(write)  # an error of rank 0 is everyone's
+            together(write) if together else write()
         except (OSError, RuntimeError, safetensors.SafetensorError) as error:
             # PyTorch reports a full disk as "unexpected pos"
             raise InputError(
