@@ -248,9 +248,8 @@ def train(
 
 def _blank(task: Task, batches: BatchPlan, device: torch.device) -> Views:
     """In place of a micro-batch that doesn't come."""
-    view = task.view
-    shape = (batches.micro_batch_size, 3, view.img_size, view.img_size)
-    return (torch.zeros(shape, dtype=view.dtype, device=device),) * view.num_views
+    shapes = ((batches.micro_batch_size, 3, size, size) for size in task.view.sizes)
+    return tuple(torch.zeros(shape, dtype=task.view.dtype, device=device) for shape in shapes)
 
 
 def _prepare_folder(
