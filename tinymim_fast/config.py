@@ -59,6 +59,7 @@ class RunConfig:
         lr_base_size: see `lr_base`.
         min_lr: learning rate at the end of the cosine.
         warmup_epochs: linear warm-up.
+        warmup_lr: learning rate that it begins with.
         weight_decay: AdamW's, on weights of two and more dimensions only.
         opt_betas: AdamW's.
         clip_grad: largest gradient norm; 0 does not clip.
@@ -146,6 +147,7 @@ class RunConfig:
     lr_base_size: int = 256
     min_lr: float = 0.0
     warmup_epochs: float = 15.0
+    warmup_lr: float = 0.0
     weight_decay: float = 0.05
     opt_betas: tuple[float, float] = (0.9, 0.95)
     clip_grad: float = 0.0
@@ -189,6 +191,7 @@ class RunConfig:
         for name in [
             "min_lr",
             "warmup_epochs",
+            "warmup_lr",
             "weight_decay",
             "clip_grad",
             "checkpoint_interval",

@@ -188,8 +188,15 @@ def operations(request, monkeypatch):
     if request.param == "gpu":
         for name in ("_resize", "_saturate"):
             original = getattr(dali, name)
-            monkeypatch.setattr(dali, name, lambda image, parameter, threads, op=original: op(image, parameter, None))
+            monkeypatch.setattr(dali, name, lambda *arguments, op=original: op(*arguments[:-1], None))
     return request.param
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "lanczos", "nearest"])
+def test_dalis_own_interpolations_are_pils(drawn_index, operations, interpolation):
+    """Those that a GPU has; the others are refused there, or done by torchvision."""
+    changes = {"scale": (0.4, 1.0), "color_jitter": None, "interpolation": interpolation, "num_steps": 1}
+    assert_loaders_agree(drawn_index, operations, **changes)
 
 
 def test_loaders_agree_on_drawn_pictures(drawn_index, operations):

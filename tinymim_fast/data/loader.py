@@ -78,8 +78,8 @@ class TrainLoader(_Loader):
 
         Returns:
             Iterator of accumulation_steps * num_steps tuples of tensors (B, 3, S, S) on the loader's device, S by
-            `view.sizes`: (teacher_view, student_view), or (view,). Same step, same values, whatever the
-            start. Prefetching goes on over the ends of epochs.
+            `view.sizes`: (teacher_view, student_view), or (view,); with `view.labels` the classes, int64 (B,), come
+            behind them. Same step, same values, whatever the start. Prefetching goes on over the ends of epochs.
 
         Raises:
             DataError: while iterating, for a missing or truncated shard, or many files in a row that can't be decoded.
@@ -132,7 +132,8 @@ def build_loader(
 
     Args:
         index: the images.
-        view: what is made of each; with colour jitter, batches are (teacher_view, student_view), else (view,).
+        view: what is made of each; a clean and a changed view make batches of (teacher_view, student_view), one view
+            (view,), either with the labels behind it where `view.labels` says so.
         batches: how a global batch is divided among ranks and into micro-batches.
         loader: "dali", "torchvision", or "auto": DALI where it is installed.
         seed: of order, crops and jitter; equal on all ranks.

@@ -26,6 +26,7 @@ class ModelInfo:
         epoch: epochs, as a fraction.
         preprocessing: fields of `Preprocessing`, where the recipe does not say them.
         teacher_preprocessing: of a distilled student, how its teacher's images were made; None: as the recipe says.
+        class_names: of a classifier, in the order of its outputs; None where nobody says them.
     """
 
     architecture: str
@@ -37,6 +38,7 @@ class ModelInfo:
     epoch: float = 0.0
     preprocessing: dict[str, Any] | None = None
     teacher_preprocessing: dict[str, Any] | None = None
+    class_names: list[str] | None = None
 
     @property
     def expects(self) -> Preprocessing | None:
@@ -83,6 +85,11 @@ class ModelInfo:
         heads = layout.get("num_heads", [])
         if not isinstance(heads, list) or any(type(n) is not int or n < 1 for n in [*numbers, *heads]):
             raise InputError(f"{path}: its description has a head_layout that can't be", argument="source")
+        names = info.class_names
+        if names is not None and (
+            len(names) != info.model_kwargs.get("num_classes") or any(type(name) is not str for name in names)
+        ):
+            raise InputError(f"{path}: its description has class_names that can't be", argument="source")
         if info.recipe.get("student_pos_embed", "sincos") not in ("sincos", "learn"):
             raise InputError(f"{path}: its recipe has a student_pos_embed that can't be", argument="source")
         for config in (info.preprocessing or info.recipe, info.teacher_preprocessing):
@@ -100,6 +107,7 @@ INFO_TYPES: dict[str, Any] = {
     "epoch": (int, float),
     "preprocessing": (dict, type(None)),
     "teacher_preprocessing": (dict, type(None)),
+    "class_names": (list, type(None)),
 }
 
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import torch
     from timm.models.vision_transformer import VisionTransformer
 
+    from tinymim_fast.data import ImageIndex
     from tinymim_fast.distributed import World
     from tinymim_fast.models.preprocessing import Preprocessing
     from tinymim_fast.models.taps import Taps
@@ -180,13 +181,16 @@ def which_teacher(config: DistillConfig) -> dict[str, Any]:
     return {"name": path.parent.name if path.parent.name.startswith("step_") else path.name, "sha256": digest}
 
 
-def build_task(config: DistillConfig, world: "World", checkpoint: Path | None) -> "Task":
+def build_task(
+    config: DistillConfig, world: "World", checkpoint: Path | None, images: "ImageIndex | None" = None
+) -> "Task":
     """Student, teacher and relation loss.
 
     Args:
         config: of the run.
         world: this process; the teacher goes to its device.
         checkpoint: to take the student's weights from; None for fresh ones, from torch's random numbers.
+        images: to train on; no task here depends on them.
 
     Raises:
         InputError: a model or checkpoint that can't be used, or models that don't fit each other.
