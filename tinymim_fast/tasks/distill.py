@@ -154,6 +154,12 @@ def load_teacher(
         mean=config.teacher_mean or (info.expects.mean if info.expects else config.mean),
         std=config.teacher_std or (info.expects.std if info.expects else config.std),
     )
+    if info.expects and info.expects.interpolation not in ("random", config.interpolation):
+        logger.warning(
+            "the teacher was trained on images resized by %s, here by %s: interpolation sets it",
+            info.expects.interpolation,
+            config.interpolation,
+        )
     if info.expects:
         own = not info.expects.differences(view.mean, view.std)
         other = info.expects.differences(*((config.mean, config.std) if own else (view.mean, view.std)))

@@ -112,6 +112,7 @@ def train_view(config: RunConfig, world: World, *, color_jitter: float | None = 
         color_jitter=None if color_jitter is None else (color_jitter,) * 3,
         mean=config.mean,
         std=config.std,
+        interpolation=config.interpolation,
         # half the bytes; the CPU is slower at it
         dtype=torch.float16 if config.bf16 and world.device.type == "cuda" else torch.float32,
         **changes,
