@@ -123,6 +123,7 @@ def train(
                 lr_scale=task.lr_scale,
                 no_weight_decay=task.no_weight_decay,
                 seed=config.seed,
+                streams=task.streams,
                 regions=regions,
             )
         ema = None if task.ema_decay is None else Ema(engine, decay=task.ema_decay, warmup=task.ema_warmup)
