@@ -14,8 +14,8 @@ from tinymim_fast.data.rand_augment import RandAugment
 from tinymim_fast.data.views import IMAGENET_MEAN, IMAGENET_STD
 
 CONFIG = "rand-m9-n1-p1-mstd0.5-inc1"
-# Mean difference from PIL, of 255, on drawn pictures: about half as much again as was found. A wrong sign, order, centre
-# or strength costs more than 10; equal pictures differ by 0.03, as the two loaders' crops do.
+# Mean difference from PIL, of 255, on drawn pictures: about half as much again as was found. The two loaders' crops
+# differ by 0.03.
 LIMITS = {
     **dict.fromkeys(("Invert", "Posterize", "Solarize", "SolarizeAdd", "Brightness"), 0.06),
     **dict.fromkeys(("Contrast", "Color"), 0.3),
