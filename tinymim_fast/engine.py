@@ -47,6 +47,7 @@ from tinymim_fast.distributed import (
 )
 from tinymim_fast.errors import InputError
 from tinymim_fast.parameter_groups import parameter_groups
+from tinymim_fast.random_streams import RandomStreams
 
 STATE = "optimizer.safetensors"
 MAX_BUCKET = 500_000_000  # DeepSpeed's own size of a bucket of gradients
@@ -105,6 +106,7 @@ class Engine:
         lr_scale: factors on the learning rate by parameter's name; 1 for those that are not named.
         no_weight_decay: names of parameters that are not decayed, beside 1-D ones.
         seed: of the random numbers of a continuation whose own can't be restored.
+        streams: random numbers beside PyTorch's own that its state holds.
         regions: modules of `model` that are compiled: ZeRO-3 gathers the weights of one at once, no hooks inside.
 
     `forward` takes what the model's forward takes; floating-point inputs in `dtype`.
@@ -128,12 +130,14 @@ class Engine:
         lr_scale: Mapping[str, float] | None = None,
         no_weight_decay: Container[str] = (),
         seed: int = 0,
+        streams: RandomStreams | None = None,
         regions: Iterable[nn.Module] = (),
     ):
         half = ds_config["bf16"]["enabled"] or ds_config.get("torch_autocast", {}).get("enabled", False)
         self.world = world
         self.dtype = torch.bfloat16 if half else torch.float32
         self._seed = seed
+        self._streams = streams or RandomStreams(world.device)
         self._lr_at = lr_at
         self._trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._shapes = {name: p.shape for name, p in self._trained.items()}
@@ -273,8 +277,8 @@ class Engine:
                     full = self._adamw.state[parameter][moment]
                 if self.world.is_main:
                     state[f"{moment}.{name}"] = full.detach().cpu()
-        everyones = [] if alone else self.world.gather(random_states(self.world.device))
-        for rank, random in enumerate(everyones):
+        mine = {**random_states(self.world.device), **self._streams.states()}
+        for rank, random in enumerate([] if alone else self.world.gather(mine)):
             state.update({f"random_{kind}.{rank}": tensor for kind, tensor in random.items()})
         return state
 
@@ -343,13 +347,19 @@ class Engine:
             zero._lazy_init_hp_params_optimizer_state()
 
     def _restore_random_states(self, saved: Mapping[str, torch.Tensor], step: int) -> None:
-        kinds = random_states(self.world.device)
-        wanted = {f"random_{kind}.{rank}" for kind in kinds for rank in range(self.world.world_size)}
-        if wanted != set(saved):
+        mine, ranks = {}, set()
+        for key, state in saved.items():
+            kind, _, rank = key.removeprefix("random_").rpartition(".")
+            ranks.add(int(rank))
+            if int(rank) == self.world.rank:
+                mine[kind] = state
+        kinds = random_states(self.world.device).keys()
+        own = {kind: mine.pop(kind) for kind in tuple(mine) if "." not in kind}
+        if own.keys() != kinds or ranks != set(range(self.world.world_size)):
             seed_rank(self._seed, step, self.world.rank)
             return
-        mine = {kind: saved[f"random_{kind}.{self.world.rank}"] for kind in kinds}
-        set_random_states(mine, self.world.device)
+        set_random_states(own, self.world.device)
+        self._streams.restore(mine)
 
 
 def save_state(folder: Path, state: Mapping[str, torch.Tensor], client_state: Mapping[str, Any]) -> None:

@@ -306,7 +306,7 @@ def test_a_run_with_a_teacher_continues_bitwise(distilled, whole, world, image_f
     with pytest.raises(Stopped):
         fine_tune(world, *flags, build_task=stopping(finetune.build_task, 5))
     other = latest_checkpoint(whole) / WEIGHTS  # not the average
-    with pytest.raises(InputError, match="--teacher-checkpoint: is step_00000012 .* began with step_00000012"):
+    with pytest.raises(InputError, match=r"--teacher-checkpoint: is step_00000012 .* began with step_00000012"):
         fine_tune(world, *flags, f"--teacher-checkpoint={other}")
     fine_tune(world, *flags)
     assert losses(tmp_path / "cut") == losses(distilled)

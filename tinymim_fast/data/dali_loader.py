@@ -43,6 +43,12 @@ _filter = getattr(fn, "filter", None) or fn.experimental.filter
 _SMOOTH = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], dtype=np.float32) / 13  # PIL's ImageFilter.SMOOTH
 _SAME = np.array([[0, 0, 0], [0, 1, 0], [0, 0, 0]], dtype=np.float32)
 _DECODER_KWARGS = ("hw_decoder_load", "device_memory_padding", "host_memory_padding")
+GPU_INTERPOLATIONS = {
+    "bicubic": types.INTERP_CUBIC,
+    "bilinear": types.INTERP_LINEAR,
+    "lanczos": types.INTERP_LANCZOS3,
+    "nearest": types.INTERP_NN,
+}
 _DTYPES = {torch.float32: types.FLOAT, torch.float16: types.FLOAT16}  # DALI has no bfloat16
 
 
@@ -65,6 +71,11 @@ def batches(
         DataError: a file can't be decoded in evaluation, or hardly any in training; names it.
     """
     is_gpu = device.type == "cuda"
+    if is_gpu and plan.view.interpolation not in GPU_INTERPOLATIONS:
+        raise DataError(
+            f"got {plan.view.interpolation}, which DALI has not on a GPU; choose the loader torchvision",
+            argument="interpolation",
+        )
     queue = {"prefetch_queue_depth": prefetch, **dali_kwargs}
     decoder = {key: queue.pop(key) for key in _DECODER_KWARGS if key in queue}
 
@@ -204,16 +215,19 @@ def _on_cpu(function: Callable, threads: Readers, image, parameter):
     return fn.python_function(image, parameter, function=each, batch_processing=True, output_layouts="HWC")
 
 
-def _resize(image, size, threads: Readers | None):
-    """Cubic and antialiased, to (height, width); DALI's own costs 1.9 ms of CPU time an image more (NOTES.md)."""
+def _resize(image, size, interpolation: str, threads: Readers | None):
+    """Antialiased, to (height, width); DALI's own costs 1.9 ms of CPU time an image more (NOTES.md)."""
     if threads is None:
-        return fn.resize(image, size=size, interp_type=types.INTERP_CUBIC, antialias=True)
-    return _on_cpu(_resize_on_cpu, threads, image, size)
+        return fn.resize(image, size=size, interp_type=GPU_INTERPOLATIONS[interpolation], antialias=True)
+    return _on_cpu(partial(_resize_on_cpu, interpolation), threads, image, size)
 
 
-def _resize_on_cpu(image: np.ndarray, size: np.ndarray) -> np.ndarray:
+def _resize_on_cpu(interpolation: str, image: np.ndarray, size: np.ndarray) -> np.ndarray:
+    height, width = size.astype(int).tolist()
+    if interpolation not in ("bicubic", "bilinear"):  # PyTorch has no others with antialiasing
+        return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling[interpolation.upper()]))
     pixels = torch.from_numpy(image)[None].permute(0, 3, 1, 2)  # channels last, and so is what comes out
-    resized = F.interpolate(pixels, size=size.astype(int).tolist(), mode="bicubic", antialias=True)
+    resized = F.interpolate(pixels, size=[height, width], mode=interpolation, antialias=True)
     return resized.permute(0, 2, 3, 1)[0].numpy()
 
 
@@ -266,10 +280,10 @@ def _train_graph(
     if view.labels:
         labels = (changes.pop(),)
     crop = _decode_crop(encoded, size, start, shape, decoder)
-    image = _resize(crop, types.Constant(np.full(2, sizes[0], dtype=np.float32)), threads)
+    image = _resize(crop, types.Constant(np.full(2, sizes[0], dtype=np.float32)), view.interpolation, threads)
     views = [fn.crop_mirror_normalize(image, mirror=flip, **normalize[0])]
     if sizes[-1] != sizes[0]:
-        image = _resize(crop, types.Constant(np.full(2, sizes[-1], dtype=np.float32)), threads)
+        image = _resize(crop, types.Constant(np.full(2, sizes[-1], dtype=np.float32)), view.interpolation, threads)
     if view.is_jittered:
         image = _jitter(image, changes[:_NUM_STAGES], changes[_NUM_STAGES:], threads)
         views.append(fn.crop_mirror_normalize(image, mirror=flip, **normalize[-1]))
@@ -340,6 +354,6 @@ def _eval_graph(
 ):
     encoded, size, start, shape, resized, anchor = _inputs(source, 4)
     image = _decode_crop(encoded, size, start, shape, decoder)
-    image = _resize(image, resized, threads)
+    image = _resize(image, resized, plan.view.interpolation, threads)
     image = fn.slice(image, start=anchor, shape=[plan.view.img_size, plan.view.img_size], axes=[0, 1])
     return fn.crop_mirror_normalize(image, **normalize[0])

@@ -152,7 +152,7 @@ def build_loader(
         DataError: an epoch would have no step, a bad setting, or the named loader is not installed.
     """
     plan = TrainPlan(index=index, view=view, batches=batches, seed=seed, rank=rank)
-    backend = _backend(loader, device, workers, prefetch, dali_kwargs or {}, waiting)
+    backend = _backend(_able(loader, view, device), device, workers, prefetch, dali_kwargs or {}, waiting)
     return TrainLoader(plan, bad_files or BadFiles(index), *backend)
 
 
@@ -183,7 +183,13 @@ def build_eval_loader(
         DataError: a bad setting, damaged images in the index, or the named loader is not installed.
     """
     plan = EvalPlan(index=index, view=view, batch_size=batch_size, rank=rank, world_size=world_size)
-    return EvalLoader(plan, BadFiles(index), *_backend(loader, device, workers, 2, {}))
+    return EvalLoader(plan, BadFiles(index), *_backend(_able(loader, view, device), device, workers, 2, {}))
+
+
+def _able(loader: str, view: TrainView | EvalView, device: torch.device | str) -> str:
+    """The loader, where "auto" leaves no choice: DALI has neither filter on a GPU."""
+    alone = view.interpolation in ("box", "hamming") and torch.device(device).type == "cuda"
+    return "torchvision" if loader == "auto" and alone else loader
 
 
 def _backend(loader, device, workers, prefetch, dali_kwargs, waiting=lambda: None) -> tuple[ModuleType, dict]:

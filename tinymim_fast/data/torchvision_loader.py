@@ -32,7 +32,6 @@ _WORKER_DEATH = re.compile(r"DataLoader worker \(pid.*(killed by signal|exited u
 _LOST_TENSORS = (ConnectionError, EOFError, FileNotFoundError)  # what it had sent can't be fetched from it any more
 _MAX_DEATHS = 3  # in a row, before a batch comes out
 _JITTER = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation)  # indexed by BRIGHTNESS, CONTRAST, SATURATION
-_BICUBIC = F.InterpolationMode.BICUBIC
 
 
 class _TrainBatches(Dataset):
@@ -48,7 +47,8 @@ class _TrainBatches(Dataset):
             while (image := self._read(int(read_ids[i]))) is None:
                 read_ids, params = self._whose(number)  # only the i-th are others
             box = (int(params.top[i]), int(params.left[i]), int(params.height[i]), int(params.width[i]))
-            by_size = {size: _crop(image, box, size, params.flip[i]) for size in dict.fromkeys(sizes)}
+            how = params.flip[i], view.interpolation
+            by_size = {size: _crop(image, box, size, *how) for size in dict.fromkeys(sizes)}
             views, image = [by_size[sizes[0]]], by_size[sizes[-1]]
             if view.is_jittered:
                 for operation in params.jitter_order[i]:
@@ -74,8 +74,8 @@ class _TrainBatches(Dataset):
             return None
 
 
-def _crop(image: Image.Image, box: tuple[int, int, int, int], size: int, flip: bool) -> Image.Image:
-    image = F.resized_crop(image, *box, [size, size], interpolation=_BICUBIC)
+def _crop(image: Image.Image, box: tuple[int, int, int, int], size: int, flip: bool, how: str) -> Image.Image:
+    image = F.resized_crop(image, *box, [size, size], interpolation=F.InterpolationMode(how))
     return F.hflip(image) if flip else image
 
 
@@ -94,7 +94,8 @@ class _EvalBatches(Dataset):
             if params.part_height[i] < image.height or params.part_width[i] < image.width:
                 part = (params.part_top[i], params.part_left[i], params.part_height[i], params.part_width[i])
                 image = F.crop(image, *map(int, part))
-            image = F.resize(image, [int(params.height[i]), int(params.width[i])], interpolation=_BICUBIC)
+            resized = [int(params.height[i]), int(params.width[i])]
+            image = F.resize(image, resized, interpolation=F.InterpolationMode(plan.view.interpolation))
             image = F.crop(image, int(params.top[i]), int(params.left[i]), size, size)
             images.append(F.pil_to_tensor(image))
         return (torch.stack(images),), {}

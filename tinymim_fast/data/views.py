@@ -8,6 +8,7 @@ import torch
 
 from tinymim_fast.data.errors import DataError
 
+INTERPOLATIONS = ("bicubic", "bilinear", "lanczos", "box", "hamming", "nearest")  # PIL's, by timm's names
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 Normalisation = tuple[tuple[float, float, float], tuple[float, float, float]]  # mean and standard deviation, of 1
@@ -36,6 +37,7 @@ class TrainView:
         teacher_mean: of the first of two views, the teacher's; None: as `mean`.
         teacher_std: of the first of two views; None: as `std`.
         student_img_size: side of the second of two views, pixels; None: as `img_size`.
+        interpolation: of the resizing, one of `INTERPOLATIONS`.
         dtype: float32 or float16.
     """
 
@@ -53,7 +55,11 @@ class TrainView:
     teacher_mean: tuple[float, float, float] | None = None
     teacher_std: tuple[float, float, float] | None = None
     student_img_size: int | None = None
+    interpolation: str = "bicubic"
     dtype: torch.dtype = torch.float32
+
+    def __post_init__(self) -> None:
+        _check_interpolation(self.interpolation)
 
     @property
     def num_views(self) -> int:
@@ -86,26 +92,29 @@ class TrainView:
 
 @dataclass(frozen=True, kw_only=True)
 class EvalView:
-    """The short side resized (bicubic, antialiased), the centre cropped, normalised.
+    """The short side resized (antialiased), the centre cropped, normalised.
 
     Args:
         img_size: side of the crop, pixels.
         resize_size: length of the short side after resizing, pixels; at least `img_size`.
         mean: per channel, of 1.
         std: per channel, of 1.
+        interpolation: of the resizing, one of `INTERPOLATIONS`.
         dtype: float32 or float16.
 
     Raises:
-        DataError: the crop is larger than the resized image.
+        DataError: the crop is larger than the resized image, or there is no such interpolation.
     """
 
     img_size: int
     resize_size: int
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
+    interpolation: str = "bicubic"
     dtype: torch.dtype = torch.float32
 
     def __post_init__(self) -> None:
+        _check_interpolation(self.interpolation)
         if self.resize_size < self.img_size:
             raise DataError(f"got {self.resize_size}, want at least img_size, {self.img_size}", argument="resize_size")
 
@@ -113,3 +122,8 @@ class EvalView:
     def normalisations(self) -> tuple[Normalisation, ...]:
         """Mean and standard deviation of the one view."""
         return ((self.mean, self.std),)
+
+
+def _check_interpolation(name: str) -> None:
+    if name not in INTERPOLATIONS:
+        raise DataError(f"got {name}, want one of {', '.join(INTERPOLATIONS)}", argument="interpolation")

@@ -123,6 +123,7 @@ def train(
                 lr_scale=task.lr_scale,
                 no_weight_decay=task.no_weight_decay,
                 seed=config.seed,
+                streams=task.streams,
                 regions=regions,
             )
         ema = None if task.ema_decay is None else Ema(engine, decay=task.ema_decay, warmup=task.ema_warmup)
@@ -298,9 +299,9 @@ def train(
 def _blank(task: Task, batches: BatchPlan, device: torch.device) -> Views:
     """In place of a micro-batch that doesn't come."""
     view = task.view
-    shape = (batches.micro_batch_size, 3, view.img_size, view.img_size)
+    shapes = ((batches.micro_batch_size, 3, size, size) for size in view.sizes)
     labels = (torch.zeros(batches.micro_batch_size, dtype=torch.int64, device=device),) * view.labels
-    return (torch.zeros(shape, dtype=view.dtype, device=device),) * view.num_views + labels
+    return (*(torch.zeros(shape, dtype=view.dtype, device=device) for shape in shapes), *labels)
 
 
 def _prepare_folder(

@@ -13,6 +13,7 @@ from tinymim_fast.config import RunConfig
 from tinymim_fast.data.views import TrainView
 from tinymim_fast.distributed import World
 from tinymim_fast.models.model_info import ModelInfo
+from tinymim_fast.random_streams import RandomStreams
 
 Views = tuple[torch.Tensor, ...]
 
@@ -63,6 +64,7 @@ class Task:
         regions: modules, in `model` or called by `prepare`, that are compiled one by one where compiling is wanted.
         frozen: the model that `prepare` calls, where there is one.
         lr_scale: factors on the learning rate by name in `model`, as timm's `lr_scale`; 1 for those not named.
+        streams: random numbers beside PyTorch's own, which a continued run goes on with.
         augment: what is done to the views of a micro-batch before, a pure function of them and of its number in the
             run; None for nothing.
         no_weight_decay: names in `model` of what is not decayed, beside 1-D parameters.
@@ -83,6 +85,7 @@ class Task:
     regions: tuple[nn.Module, ...] = ()
     frozen: Frozen | None = None
     lr_scale: Mapping[str, float] = field(default_factory=dict)
+    streams: RandomStreams | None = None
     augment: Callable[[Views, int], Views] | None = None
     no_weight_decay: Container[str] = ()
     trained: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]] | None = None
@@ -109,6 +112,7 @@ def train_view(config: RunConfig, world: World, *, color_jitter: float | None = 
         color_jitter=None if color_jitter is None else (color_jitter,) * 3,
         mean=config.mean,
         std=config.std,
+        interpolation=config.interpolation,
         # half the bytes; the CPU is slower at it
         dtype=torch.float16 if config.bf16 and world.device.type == "cuda" else torch.float32,
         **changes,
