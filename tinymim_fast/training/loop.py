@@ -169,9 +169,8 @@ def train(
             while step < total_steps:
                 lr = engine.lr
                 step_start.keep()
-                losses = train_step(
-                    micro_batches, agreement.start, agreement.may_update
-                )  # queued: the host runs ahead of the device
+                with task.watch(step + 1) as watched:  # all queued: the host runs ahead of the device
+                    losses = train_step(micro_batches, agreement.start, agreement.may_update)
                 stop.now("training")
                 if agreement.is_undone:  # a rank waits for images in vain: all are where the step before left them
                     step_start.restore()
@@ -186,7 +185,7 @@ def train(
                         f"stopped by {reason_of(agreement.request - STOP)} while data was waited for ({ranks}) at step "
                         f"{step}, saved; the same command continues"
                     )
-                progress.add(losses, lr)
+                progress.add(losses, lr, watched)
                 step += 1
                 if not engine.step_applied:  # on no rank; with on_nonfinite "skip" alone
                     progress.skip()
@@ -237,9 +236,8 @@ def train(
 
 def _blank(task: Task, batches: BatchPlan, device: torch.device) -> Views:
     """In place of a micro-batch that doesn't come."""
-    view = task.view
-    shape = (batches.micro_batch_size, 3, view.img_size, view.img_size)
-    return (torch.zeros(shape, dtype=view.dtype, device=device),) * view.num_views
+    view, num = task.view, batches.micro_batch_size
+    return tuple(torch.zeros(num, 3, size, size, dtype=view.dtype, device=device) for size in view.sizes)
 
 
 def _prepare_folder(

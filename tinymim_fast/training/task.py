@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,6 +33,10 @@ class Frozen:
     settings: dict[str, Any]
 
 
+def _watch_nothing(step: int) -> AbstractContextManager[Mapping[str, torch.Tensor]]:
+    return nullcontext({})
+
+
 @dataclass(frozen=True)
 class Task:
     """One kind of training, ready to run: see tasks/.
@@ -47,6 +52,8 @@ class Task:
         regions: modules, in `model` or called by `prepare`, that are compiled one by one where compiling is wanted.
         frozen: the model that `prepare` calls, where there is one.
         lr_scale: factors on the learning rate by name in `model`, as timm's `lr_scale`; 1 for those not named.
+        watch: around optimizer step number n, from 1, in a with block; what it gives has at its end, where the step is
+            one to look at, each relation head's divergence by name, (heads,) on the device.
         kept: what a continued run must find unchanged, beside configuration and images: for each field of the
             configuration that names a file, which it was, as JSON can hold it.
     """
@@ -60,6 +67,7 @@ class Task:
     regions: tuple[nn.Module, ...] = ()
     frozen: Frozen | None = None
     lr_scale: Mapping[str, float] = field(default_factory=dict)
+    watch: Callable[[int], AbstractContextManager[Mapping[str, torch.Tensor]]] = _watch_nothing
     kept: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
