@@ -45,11 +45,12 @@ ARROWS = {  # room: what of tinymim_fast it may import, rooms or single modules
     "tinymim_fast/yaml_files.py": {"errors"},
     "tinymim_fast/data": {"data", "batches", "errors", "files"},
     "tinymim_fast/models": {"models", "errors", "files"},
-    "tinymim_fast/targets": {"targets", "models", "kernels", "errors"},
+    "tinymim_fast/random_streams.py": {"distributed"},
+    "tinymim_fast/targets": {"targets", "models", "kernels", "errors", "random_streams"},
     "tinymim_fast/evaluation": {"evaluation", "models", "data", "errors", "files"},
     "tinymim_fast/evaluate.py": {"evaluation", "models", "data", "distributed", "errors", "checkpoint_flags"},
     "tinymim_fast/export.py": {"models", "errors", "files", "checkpoint_flags"},
-    "tinymim_fast/engine.py": {"distributed", "errors"},
+    "tinymim_fast/engine.py": {"distributed", "errors", "random_streams"},
     "tinymim_fast/deepspeed_config.py": {"batches", "errors"},
     "tinymim_fast/training": {
         *(
@@ -64,12 +65,15 @@ ARROWS = {  # room: what of tinymim_fast it may import, rooms or single modules
             "distributed",
             "errors",
             "files",
+            "random_streams",
         )
     },
     "tinymim_fast/training/metrics.py": {"data.errors", "files"},
     "tinymim_fast/training/step.py": {"engine", "training.agreement", "training.task"},
     "tinymim_fast/training/schedule.py": {"config"},
-    "tinymim_fast/tasks": {"tasks", "targets", "models", "training.task", "config", "distributed", "errors", "files"},
+    "tinymim_fast/tasks": {
+        *("tasks", "targets", "models", "training.task", "config", "distributed", "errors", "files", "random_streams")
+    },
     "tinymim_fast/adapters": {"adapters", "kernels", "models.taps", "models.vit"},
     "tinymim_fast/adapters/tapped.py": set(),
     "tinymim_fast/relation_maps.py": {"errors", "models.preprocessing", "models.taps"},
@@ -78,7 +82,7 @@ ARROWS = {  # room: what of tinymim_fast it may import, rooms or single modules
     "tinymim_fast/stages.py": set(),
     "tinymim_fast/chain_report.py": {"config", "files", "models.checkpoints", "training.metrics"},
     "tinymim_fast/chain.py": {
-        *("chain_report", "config", "errors", "files", "models", "stages", "targets", "tasks.distill", "yaml_files"),
+        *("chain_report", "config", "errors", "files", "models", "stages", "tasks", "yaml_files"),
         *("training.checkpoint", "training.lock", "training.resume", "training.stop"),
     },
     "tinymim_fast/train.py": {"tasks.distill", "errors", "training.program"},

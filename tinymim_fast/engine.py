@@ -11,6 +11,7 @@ import io
 import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,17 @@ from deepspeed.utils import (
 )
 from torch import nn
 
-from tinymim_fast.distributed import World, complete_environment, join, random_states, seed_rank, set_random_states
+from tinymim_fast.distributed import (
+    World,
+    complete_environment,
+    join,
+    leave,
+    random_states,
+    seed_rank,
+    set_random_states,
+)
 from tinymim_fast.errors import InputError
+from tinymim_fast.random_streams import RandomStreams
 
 STATE = "optimizer.safetensors"
 MAX_BUCKET = 500_000_000  # DeepSpeed's own size of a bucket of gradients
@@ -44,8 +54,13 @@ MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, by their names in PyTorch
 deepspeed.utils.logger.setLevel(logging.WARNING)  # a user's run needs its warnings, not every step of its set-up
 
 
-def start() -> World:
-    """Join the processes that `deepspeed`, `torchrun` or nobody (plain `python`) started."""
+def start(max_wait_minutes: float | None = None) -> World:
+    """Join the processes that `deepspeed`, `torchrun` or nobody (plain `python`) started.
+
+    Args:
+        max_wait_minutes: what a run may wait for data or for a rank, so that no collective gives up before; 0: any
+            time. None: the backend's time-outs.
+    """
     local_rank = complete_environment()
     accelerator = get_accelerator()
     if accelerator.device_name() == "cpu":
@@ -60,14 +75,20 @@ def start() -> World:
             )
         accelerator.set_device(local_rank)
         device = torch.device(accelerator.device_name(local_rank))
-    join(accelerator.communication_backend_name())
+    timeout = None
+    if max_wait_minutes is not None:
+        timeout = timedelta(minutes=max_wait_minutes + 5) if max_wait_minutes else timedelta(days=365)
+    store = join(accelerator.communication_backend_name(), timeout)
     deepspeed.init_distributed(dist_backend=accelerator.communication_backend_name(), verbose=False)
-    return World(dist.get_rank(), dist.get_world_size(), device, dist.new_group(backend="gloo"))
+    host_group = dist.new_group(backend="gloo", timeout=timeout)
+    return World(dist.get_rank(), dist.get_world_size(), device, host_group, store)
 
 
-def stop() -> None:
-    """Leave the process group."""
-    if dist.is_initialized():
+def stop(world: World | None = None) -> None:
+    """Leave the process group; with `world`, together with the other ranks: see `leave`."""
+    if world is not None:
+        leave(world.store)
+    elif dist.is_initialized():
         dist.destroy_process_group()
 
 
@@ -107,6 +128,7 @@ class Engine:
         opt_betas: AdamW's.
         lr_scale: factors on the learning rate by parameter's name; 1 for those that are not named.
         seed: of the random numbers of a continuation whose own can't be restored.
+        streams: random numbers beside PyTorch's own that its state holds.
         regions: modules of `model` that are compiled: ZeRO-3 gathers the weights of one at once, no hooks inside.
 
     `forward` takes what the model's forward takes; floating-point inputs in `dtype`.
@@ -129,12 +151,14 @@ class Engine:
         opt_betas: tuple[float, float] = (0.9, 0.95),
         lr_scale: Mapping[str, float] | None = None,
         seed: int = 0,
+        streams: RandomStreams | None = None,
         regions: Iterable[nn.Module] = (),
     ):
         half = ds_config["bf16"]["enabled"] or ds_config.get("torch_autocast", {}).get("enabled", False)
         self.world = world
         self.dtype = torch.bfloat16 if half else torch.float32
         self._seed = seed
+        self._streams = streams or RandomStreams(world.device)
         self._lr_at = lr_at
         self._trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._shapes = {name: p.shape for name, p in self._trained.items()}
@@ -216,8 +240,16 @@ class Engine:
             state[name] = full.detach().float().cpu().clone()
         return state
 
-    def optimizer_state(self) -> dict[str, torch.Tensor]:
+    @property
+    def holds_all(self) -> bool:
+        """Whether this rank has all weights and moments itself."""
+        return self.world.world_size == 1 or self._engine.optimizer is self._adamw
+
+    def optimizer_state(self, *, alone: bool = False) -> dict[str, torch.Tensor]:
         """Both moments of each weight, whole and fp32, and every rank's random states, on rank 0's CPU. Collective.
+
+        Args:
+            alone: without the random states, and not collective, where this rank `holds_all`.
 
         Nothing in it depends on how many ranks there are or how ZeRO divides the optimizer among them.
         """
@@ -229,7 +261,8 @@ class Engine:
                     full = self._adamw.state[parameter][moment]
                 if self.world.is_main:
                     state[f"{moment}.{name}"] = full.detach().cpu()
-        for rank, random in enumerate(self.world.gather(random_states(self.world.device))):
+        mine = {**random_states(self.world.device), **self._streams.states()}
+        for rank, random in enumerate([] if alone else self.world.gather(mine)):
             state.update({f"random_{kind}.{rank}": tensor for kind, tensor in random.items()})
         return state
 
@@ -298,13 +331,19 @@ class Engine:
             zero._lazy_init_hp_params_optimizer_state()
 
     def _restore_random_states(self, saved: Mapping[str, torch.Tensor], step: int) -> None:
-        kinds = random_states(self.world.device)
-        wanted = {f"random_{kind}.{rank}" for kind in kinds for rank in range(self.world.world_size)}
-        if wanted != set(saved):
+        mine, ranks = {}, set()
+        for key, state in saved.items():
+            kind, _, rank = key.removeprefix("random_").rpartition(".")
+            ranks.add(int(rank))
+            if int(rank) == self.world.rank:
+                mine[kind] = state
+        kinds = random_states(self.world.device).keys()
+        own = {kind: mine.pop(kind) for kind in tuple(mine) if "." not in kind}
+        if own.keys() != kinds or ranks != set(range(self.world.world_size)):
             seed_rank(self._seed, step, self.world.rank)
             return
-        mine = {kind: saved[f"random_{kind}.{self.world.rank}"] for kind in kinds}
-        set_random_states(mine, self.world.device)
+        set_random_states(own, self.world.device)
+        self._streams.restore(mine)
 
 
 def save_state(folder: Path, state: Mapping[str, torch.Tensor], client_state: Mapping[str, Any]) -> None:

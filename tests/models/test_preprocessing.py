@@ -15,7 +15,7 @@ from tinymim_fast.evaluate import eval_view
 from tinymim_fast.export import export
 from tinymim_fast.models.checkpoints import load_encoder
 from tinymim_fast.models.preprocessing import Preprocessing
-from tinymim_fast.tasks.distill import DistillConfig, build_teacher
+from tinymim_fast.tasks.distill import DistillConfig, load_teacher
 
 SMALL = {"patch_size": 8, "embed_dim": 96, "depth": 3, "num_heads": 3}
 
@@ -79,7 +79,7 @@ def test_a_file_that_says_nothing_is_assumed_to_be_imagenets_and_that_is_said(te
 def test_a_teacher_of_another_normalisation_is_said(mean, said, folder, image_folder, tmp_path, caplog):
     caplog.set_level(logging.WARNING)
     changes = {"teacher_model": None, "teacher_model_kwargs": "{}", "mean": mean, "std": "[0.5,0.5,0.5]"}
-    build_teacher(parse(DistillConfig, distill_flags(image_folder, folder, tmp_path / "run", **changes), "p"))
+    load_teacher(parse(DistillConfig, distill_flags(image_folder, folder, tmp_path / "run", **changes), "p"))
     message = "the teacher was trained on images of another mean 0.5 0.5 0.5, here 0.485 0.456 0.406"
     assert (message in caplog.text) == said and "std" not in caplog.text
 

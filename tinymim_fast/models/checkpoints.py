@@ -38,7 +38,8 @@ METADATA_KEY = "tinymim_fast"
 SIZES = {(192, 12): "tiny", (384, 12): "small", (768, 12): "base", (1024, 24): "large", (1280, 32): "huge"}
 # Weights that other formats have or lack, and that no tap before the final norm reads.
 NOT_NEEDED = ("norm.", "fc_norm.", "head.", "head_dist.")
-NOT_ENCODER = ("decoder_", "mask_token", *NOT_NEEDED)
+TARGETS = "targets."  # before layers that distillation trains beside a student, which go no further
+NOT_ENCODER = ("decoder_", "mask_token", TARGETS, *NOT_NEEDED)
 
 
 def save_weights(folder: Path, state: Mapping[str, torch.Tensor], info: ModelInfo) -> None:
@@ -134,7 +135,8 @@ def load_encoder(
         model_kwargs: for `create_vit`; they override the file's, but not its numbers of heads.
         img_size: side of the square input, pixels; absolute position embeddings are resampled to it. Default: the
             file's.
-        key: of several models in one file, the one below this key.
+        key: of several models in one file, the one below this key; of several students of one run, the one of this
+            name.
         classifier: whether final norm and head must be there too; see `classifier.load_classifier`.
 
     Raises:
@@ -148,7 +150,10 @@ def load_encoder(
     path = find_weights(Path(local))
     content = read_file(path)
     info = _described(content, path) or _timm_folder(path.parent)
-    state = content.tensors if info is not None and key is None else find_encoder(content, path, key)
+    if info is not None and info.students:
+        info, state = info.of_student(key, path), _of_student(content.tensors, key)
+    else:
+        state = content.tensors if info is not None and key is None else find_encoder(content, path, key)
     if info is None:
         refuse_star(state, path)
         info = _told_by_file(content, state, path, model)
@@ -156,7 +161,7 @@ def load_encoder(
         raise InputError(f"got {model}, but {source} holds a {info.architecture}; leave it out", argument="model")
     kwargs = {**info.model_kwargs, **asked}
     kwargs["img_size"] = img_size or kwargs.get("img_size") or 224
-    state = {k: v for k, v in state.items() if not k.startswith(("decoder_", "mask_token"))}
+    state = {k: v for k, v in state.items() if not k.startswith(("decoder_", "mask_token", TARGETS))}
     with torch.device("meta"):  # shapes are compared before anything as large as the file claims is made
         if model is None and not asked:
             shape_of = of_file(path, "its model", lambda kwargs: create_vit(info.architecture, **kwargs), kwargs)
@@ -176,23 +181,33 @@ def load_encoder(
     return vit, replace(info, model_kwargs=kwargs, head_layout=layout)
 
 
-def restore(vit: VisionTransformer, checkpoint: Path) -> ModelInfo | None:
-    """Fill a model with the weights of its own run; gives what the checkpoint says of them.
+def restore(vit: VisionTransformer, checkpoint: Path, *, student: str | None = None) -> dict[str, torch.Tensor]:
+    """Fill a model with the weights of its own run; gives what lies beside it, its targets' layers by name.
 
     Args:
         vit: built as the run's configuration says.
         checkpoint: a folder that the run saved.
+        student: which of several.
 
     Raises:
         InputError: unreadable, not finite, or of another model (argument "source"); other numbers of heads (argument
             "model_kwargs").
     """
     state, info = read_weights(checkpoint)
+    if student is not None:
+        state = _of_student(state, student)
+        info = info and info.of_student(student, checkpoint)
     check_finite(state, checkpoint)
     if info is not None:
         check_heads(vit, info.head_layout.get("num_heads", []), checkpoint)
     load_state(vit, state, source=str(checkpoint), name=info.architecture if info else type(vit).__name__)
-    return info
+    return {name.removeprefix(TARGETS): tensor for name, tensor in state.items() if name.startswith(TARGETS)}
+
+
+def _of_student(state: Mapping[str, torch.Tensor], name: str) -> dict[str, torch.Tensor]:
+    """One student's weights of a file that holds several."""
+    prefix = f"student.{name.removeprefix('student.')}."
+    return {k.removeprefix(prefix): tensor for k, tensor in state.items() if k.startswith(prefix)}
 
 
 def load_state(vit: VisionTransformer, state: Mapping[str, torch.Tensor], *, source: str, name: str) -> None:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import json
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -84,13 +85,23 @@ class Checkpoints:
             InputError: it can't be written; the last one is untouched.
             NonFiniteLossError: a weight is not finite.
         """
+        self._save(step, client_state, self.world.broadcast)  # an error of rank 0 is everyone's
+
+    def save_alone(self, step: int, client_state: dict[str, Any]) -> None:
+        """What `save` does, of rank 0 without the others, which are gone, where the engine `holds_all`.
+
+        Random numbers are not in it: a run that goes on from it draws new ones.
+        """
+        self._save(step, client_state, None)
+
+    def _save(self, step: int, client_state: dict[str, Any], together: Callable[..., Any] | None) -> None:
         if self._saved_step == step:
             return
         weights = self.task.weights(self.engine.trained_state())
         broken = [name for name, tensor in weights.items() if not tensor.isfinite().all()]
         if broken:
             raise NonFiniteLossError(f"{broken[0]} is not finite after step {step}")
-        state = self.engine.optimizer_state()
+        state = self.engine.optimizer_state(alone=together is None)
         info = replace(self.task.info, step=step, epoch=step / self.steps_per_epoch)
         final = self.output_dir / FOLDER / name_of(step)
 
@@ -104,7 +115,7 @@ class Checkpoints:
             prune(self.output_dir, self.config.checkpoint_hist)
 
         try:
-            self.world.broadcast(write)  # an error of rank 0 is everyone's
+            together(write) if together else write()
         except (OSError, RuntimeError, safetensors.SafetensorError) as error:
             # PyTorch reports a full disk as "unexpected pos"
             raise InputError(

@@ -16,7 +16,7 @@ from tinymim_fast.config import RunConfig, to_yaml
 from tinymim_fast.data import ImageIndex, build_loader
 from tinymim_fast.data.bad_files import BadFiles
 from tinymim_fast.deepspeed_config import deepspeed_config, refusals
-from tinymim_fast.distributed import World, seed_rank
+from tinymim_fast.distributed import World, rank_was_lost, seed_rank
 from tinymim_fast.engine import Engine
 from tinymim_fast.errors import InputError, NonFiniteLossError, Terminated, flags
 from tinymim_fast.files import remove_unfinished, set_aside, write_text
@@ -28,10 +28,11 @@ from tinymim_fast.training.compilation import Compiler, wanted
 from tinymim_fast.training.cuda_graphs import capture_frozen
 from tinymim_fast.training.lock import RunLock
 from tinymim_fast.training.metrics import Recorder, plot_curves, warn_of_divergence
+from tinymim_fast.training.peers import Peers
 from tinymim_fast.training.progress import Progress
 from tinymim_fast.training.schedule import lr_schedule
 from tinymim_fast.training.step import TrainStep
-from tinymim_fast.training.stop import StopRequests, reason_of
+from tinymim_fast.training.stop import TRAINING, StopRequests, reason_of
 from tinymim_fast.training.task import Task, Views
 from tinymim_fast.training.tracing import Tracer
 
@@ -61,6 +62,7 @@ def train(
         Terminated: a signal, or `max_time` is over; a checkpoint was saved.
     """
     stop = stop or StopRequests()
+    stop.peers = Peers(world, stop.state, same=TRAINING)
 
     # What is there: worked out once, on rank 0 where files are read.
     output_dir = Path(config.output_dir)
@@ -117,6 +119,7 @@ def train(
                 opt_betas=config.opt_betas,
                 lr_scale=task.lr_scale,
                 seed=config.seed,
+                streams=task.streams,
                 regions=regions,
             )
         step, total_steps, num_skipped = 0, steps_per_epoch * config.epochs, 0
@@ -154,9 +157,14 @@ def train(
             wanted = STOP + stop.code if stop.code else SAVE if saver.overdue else 0
             return UNDONE + STOP + stop.code if stop.late_s else TOO_MANY_BAD if bad_files.too_many else wanted
 
-        def save() -> None:
+        def report() -> None:
+            record = progress.record()
+            if record is not None:
+                recorder.write({**record, **recorder.new_bad_files(bad_files.by_path)})
+
+        def save(how: Callable[[int, dict[str, Any]], None]) -> None:
             kept = {"bad_files": bad_files.by_path, "kept": task.kept, "num_skipped": progress.num_skipped}
-            saver.save(step, kept)
+            how(step, kept)
             stop.last_checkpoint = checkpoints.name_of(step)
 
         agreement, step_start = Agreement(world, ask), StepStart(task.model, world.device)
@@ -164,21 +172,23 @@ def train(
             loader.batches(step, total_steps - step), stop, partial(_blank, task, batches, world.device)
         )
         stop.last_checkpoint = str(checkpoint or "none")
+        if not engine.holds_all:
+            stop.divided = f"; ZeRO-{config.zero_stage} divides the optimizer among ranks, so none can save alone"
         stop.start_training(config.max_time, config.max_wait)
         try:
             while step < total_steps:
                 lr = engine.lr
-                step_start.keep()
+                step_start.keep(step)
                 with task.watch(step + 1) as watched:  # all queued: the host runs ahead of the device
                     losses = train_step(micro_batches, agreement.start, agreement.may_update)
-                stop.now("training")
+                stop.now(TRAINING)
                 if agreement.is_undone:  # a rank waits for images in vain: all are where the step before left them
-                    step_start.restore()
+                    step_start.restore(step)
                     if not step:
                         raise stop.terminated_at_start()
                     with stop.doing("saving"):
-                        progress.look()
-                        save()
+                        report()
+                        save(saver.save)
                         late = {rank: s for rank, s in enumerate(world.gather(stop.late_s)) if s}
                     ranks = ", ".join(f"rank {rank} for {s:.0f} s" for rank, s in late.items())
                     raise Terminated(
@@ -203,13 +213,11 @@ def train(
                 # SYNC, device: the losses come to the host here, and where it saves, and nowhere else.
                 request = agreement.request  # the same on all ranks, which so stop or save at the same step
                 if step % config.log_interval == 0 or last or request > STOP:
-                    record = progress.record()
-                    if record is not None:
-                        recorder.write({**record, **recorder.new_bad_files(bad_files.by_path)})
+                    report()
                 if request or saver.due(step) or last:
                     with progress.paused(), stop.doing("saving"):
                         progress.look()  # a checkpoint after a bad loss would not be a good one
-                        save()
+                        save(saver.save)
                 if request == TOO_MANY_BAD:
                     raise bad_files.error()
                 if request > STOP and not last:
@@ -221,6 +229,11 @@ def train(
                 f"{error}; the last good checkpoint is {good}. "
                 "Lower lr_base, lengthen warmup_epochs, or try bf16: false"
             ) from error
+        except RuntimeError as error:
+            if step and world.is_main and engine.holds_all and rank_was_lost(error):
+                step_start.restore(step)
+                save(saver.save_alone)
+            raise
         finally:
             tracer.close()
             recorder.close()

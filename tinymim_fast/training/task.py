@@ -14,6 +14,7 @@ from tinymim_fast.config import RunConfig
 from tinymim_fast.data.views import TrainView
 from tinymim_fast.distributed import World
 from tinymim_fast.models.model_info import ModelInfo
+from tinymim_fast.random_streams import RandomStreams
 
 Views = tuple[torch.Tensor, ...]
 
@@ -52,6 +53,7 @@ class Task:
         regions: modules, in `model` or called by `prepare`, that are compiled one by one where compiling is wanted.
         frozen: the model that `prepare` calls, where there is one.
         lr_scale: factors on the learning rate by name in `model`, as timm's `lr_scale`; 1 for those not named.
+        streams: random numbers beside PyTorch's own, which a continued run goes on with.
         watch: around optimizer step number n, from 1, in a with block; what it gives has at its end, where the step is
             one to look at, each relation head's divergence by name, (heads,) on the device.
         kept: what a continued run must find unchanged, beside configuration and images: for each field of the
@@ -67,6 +69,7 @@ class Task:
     regions: tuple[nn.Module, ...] = ()
     frozen: Frozen | None = None
     lr_scale: Mapping[str, float] = field(default_factory=dict)
+    streams: RandomStreams | None = None
     watch: Callable[[int], AbstractContextManager[Mapping[str, torch.Tensor]]] = _watch_nothing
     kept: dict[str, dict[str, Any]] = field(default_factory=dict)
 
