@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.profiler import record_function
 
+from tinymim_fast.errors import InputError
 from tinymim_fast.kernels import relation_kl
 from tinymim_fast.kernels.reference import projections
 from tinymim_fast.targets.relations import RelationTarget
@@ -25,15 +26,24 @@ class HeadMonitor:
     Args:
         model: what trains, with its targets; forward hooks are added to the relation targets.
         interval: optimizer steps between two looks.
+
+    Raises:
+        InputError: there is no such target; argument "interval".
     """
 
     def __init__(self, model: nn.Module, interval: int):
         self.interval = interval
         self._sums: dict[str, torch.Tensor] | None = None  # while a step is looked at
         self._num: dict[str, int] = {}
+        watched = 0
         for path, module in model.named_modules():
-            if isinstance(module, RelationTarget) and module.softmax:
+            if isinstance(module, RelationTarget) and module.settings.softmax:
                 module.register_forward_hook(partial(self._note, _prefix(path, module)))
+                watched += 1
+        if not watched:
+            raise InputError(
+                f"got {interval}, but no target compares relations by softmax; want 0", argument="interval"
+            )
 
     @contextmanager
     def around(self, step: int) -> Iterator[dict[str, torch.Tensor]]:
@@ -54,10 +64,11 @@ class HeadMonitor:
     def _note(self, prefix: str, target: RelationTarget, args: tuple, losses: dict[str, torch.Tensor]) -> None:
         if self._sums is None:
             return
+        settings = target.settings
         with torch.no_grad(), record_function("monitor"):
             for qkv_s, qkv_t in zip(*args, strict=True):
-                of_student, of_teacher = (projections(qkv.detach(), target.heads) for qkv in (qkv_s, qkv_t))
-                for x, y in target.relations:
+                of_student, of_teacher = (projections(qkv.detach(), settings.heads) for qkv in (qkv_s, qkv_t))
+                for x, y in settings.names:
                     pair = of_student[x], of_student[y], of_teacher[x], of_teacher[y]
                     rows = relation_kl(*pair, backend=target.backend, reduction="none")  # (B, H, N)
                     name = f"{prefix}{x}{y}"
@@ -66,7 +77,7 @@ class HeadMonitor:
 
 
 def _prefix(path: str, target: RelationTarget) -> str:
-    """"small/relations/", of the target `target` of a student, as losses are named; less where there is one alone."""
+    """ "small/relations/", of the target `target` of a student, as losses are named; less where there is one alone."""
     parts = path.split(".")
     student = f"{parts[1]}/" if parts[0] == "students" else ""
     return student if target.name is None else f"{student}{target.name}/"

@@ -49,6 +49,7 @@ class RelationTarget(Target):
                         argument="heads",
                     )
         check_tokens(student, teacher)
+        self.settings, self.backend = settings, backend
         self.loss = relation_losses(settings.heads, settings.weight_of, softmax=settings.softmax, backend=backend)
         self.parts = settings.names if settings.name is None or len(settings.names) > 1 else ()
 

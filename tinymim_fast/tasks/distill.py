@@ -55,9 +55,15 @@ class DistillConfig(RunConfig):
         teacher_drop_path: the teacher's, the same in every block before its last.
         color_jitter: strength of brightness, contrast and saturation jitter of the student's view.
         loss_backend: "auto", "triton", "chunked" or "reference".
+        monitor_interval: optimizer steps between two looks at each relation head's divergence from the teacher's,
+            `head_kl` in the metrics; 0: none. A look costs the relation loss once more, forward only.
     """
 
-    FREE_ON_RESUME: ClassVar[frozenset[str]] = RunConfig.FREE_ON_RESUME | {"loss_backend", "teacher_checkpoint"}
+    FREE_ON_RESUME: ClassVar[frozenset[str]] = RunConfig.FREE_ON_RESUME | {
+        "loss_backend",
+        "monitor_interval",
+        "teacher_checkpoint",
+    }
 
     teacher_checkpoint: str
     student_model: str = "vit_base_patch16_224"
@@ -80,6 +86,7 @@ class DistillConfig(RunConfig):
     teacher_drop_path: float = 0.0
     color_jitter: float = 0.4
     loss_backend: Literal["auto", "triton", "chunked", "reference"] = "auto"
+    monitor_interval: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -96,6 +103,7 @@ class DistillConfig(RunConfig):
         self._check("drop_path", 0 <= self.drop_path < 1, "a probability below 1")
         self._check("mask_ratio", 0 <= self.mask_ratio < 1, "a share below 1")
         self._check("teacher_drop_path", 0 <= self.teacher_drop_path < 1, "a probability below 1")
+        self._check("monitor_interval", self.monitor_interval >= 0, "0 or more")
         self._check("color_jitter", 0 <= self.color_jitter <= 1, "0 to 1")
         for where, student in self.each_student:
             targets_of(student, where, self.mask_ratio)
@@ -212,6 +220,7 @@ def build_task(config: DistillConfig, world: "World", checkpoint: Path | None) -
     from tinymim_fast.models.vit import whole_blocks
     from tinymim_fast.random_streams import RandomStreams
     from tinymim_fast.targets.distiller import JointDistiller, distinct
+    from tinymim_fast.targets.monitor import HeadMonitor
     from tinymim_fast.tasks.build_students import build_students, info_of
     from tinymim_fast.training.task import Frozen, Task, train_view
 
@@ -266,6 +275,10 @@ def build_task(config: DistillConfig, world: "World", checkpoint: Path | None) -
     def weights(trained: "dict[str, torch.Tensor]") -> "dict[str, torch.Tensor]":
         return {name: tensor for built in students for name, tensor in built.weights(trained).items()}
 
+    watch = {}
+    if config.monitor_interval:
+        with flags(interval="monitor_interval"):
+            watch["watch"] = HeadMonitor(model, config.monitor_interval).around
     return Task(
         model=model,
         prepare=prepare,
@@ -277,6 +290,7 @@ def build_task(config: DistillConfig, world: "World", checkpoint: Path | None) -
         info=info_of(config, students, view_t),
         lr_scale={name: built.lr_scale for built in students for name in built.scaled_names()},
         streams=streams,
+        **watch,
         kept={"teacher_checkpoint": which_teacher(config)},
         frozen=None if config.teacher_drop_path else Frozen(teacher, dtype_t, settings),
         regions=(*whole_blocks(model), *(whole_blocks(teacher) if precision != "int8" else ())),
