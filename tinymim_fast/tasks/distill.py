@@ -51,6 +51,8 @@ class DistillConfig(RunConfig):
             teacher_block: 18, heads: 16, weight: 1.0}`; docs/targets.md has all of them.
         students: several students of one teacher pass: mappings such as `{name: small, model: vit_small_patch16_224,
             lr_scale: 1.0}`, see docs/targets.md; what one doesn't say, the flags say.
+        tokens: which of them relations and features are of: "all", "patches", or "auto": all where teacher and student
+            have the same class and register tokens, else the patches.
         mask_ratio: share of the patches that students do not see.
         teacher_drop_path: the teacher's, the same in every block before its last.
         color_jitter: strength of brightness, contrast and saturation jitter of the student's view.
@@ -82,6 +84,7 @@ class DistillConfig(RunConfig):
     drop_path: float = 0.1
     targets: tuple[dict[str, Any], ...] | None = None
     students: tuple[dict[str, Any], ...] | None = None
+    tokens: Literal["auto", "all", "patches"] = "auto"
     mask_ratio: float = 0.0
     teacher_drop_path: float = 0.0
     color_jitter: float = 0.4
@@ -221,7 +224,7 @@ def build_task(config: DistillConfig, world: "World", checkpoint: Path | None) -
     from tinymim_fast.random_streams import RandomStreams
     from tinymim_fast.targets.distiller import JointDistiller, distinct
     from tinymim_fast.targets.monitor import HeadMonitor
-    from tinymim_fast.tasks.build_students import build_students, info_of
+    from tinymim_fast.tasks.build_students import build_students, info_of, one_size
     from tinymim_fast.training.task import Frozen, Task, train_view
 
     with flags(source="output_dir"):
@@ -284,7 +287,12 @@ def build_task(config: DistillConfig, world: "World", checkpoint: Path | None) -
         prepare=prepare,
         parts=model.parts,
         view=train_view(
-            config, world, color_jitter=config.color_jitter, teacher_mean=view_t.mean, teacher_std=view_t.std
+            config,
+            world,
+            color_jitter=config.color_jitter,
+            teacher_mean=view_t.mean,
+            teacher_std=view_t.std,
+            student_img_size=one_size(students),
         ),
         weights=weights,
         info=info_of(config, students, view_t),
