@@ -50,7 +50,8 @@ ARROWS = {  # room: what of tinymim_fast it may import, rooms or single modules
     "tinymim_fast/evaluation": {"evaluation", "models", "data", "errors", "files"},
     "tinymim_fast/evaluate.py": {"evaluation", "models", "data", "distributed", "errors", "checkpoint_flags"},
     "tinymim_fast/export.py": {"models", "errors", "files", "checkpoint_flags"},
-    "tinymim_fast/engine.py": {"distributed", "errors", "random_streams"},
+    "tinymim_fast/parameter_groups.py": set(),
+    "tinymim_fast/engine.py": {"distributed", "errors", "parameter_groups", "random_streams"},
     "tinymim_fast/deepspeed_config.py": {"batches", "errors"},
     "tinymim_fast/training": {
         *(
@@ -72,7 +73,8 @@ ARROWS = {  # room: what of tinymim_fast it may import, rooms or single modules
     "tinymim_fast/training/step.py": {"engine", "training.agreement", "training.task"},
     "tinymim_fast/training/schedule.py": {"config"},
     "tinymim_fast/tasks": {
-        *("tasks", "targets", "models", "training.task", "config", "distributed", "errors", "files", "random_streams")
+        *("tasks", "targets", "models", "evaluation", "data", "training.task"),
+        *("config", "distributed", "errors", "files", "random_streams"),
     },
     "tinymim_fast/adapters": {"adapters", "kernels", "models.taps", "models.vit"},
     "tinymim_fast/adapters/tapped.py": set(),
@@ -87,6 +89,7 @@ ARROWS = {  # room: what of tinymim_fast it may import, rooms or single modules
     },
     "tinymim_fast/train.py": {"tasks.distill", "errors", "training.program"},
     "tinymim_fast/pretrain.py": {"tasks.pretrain", "errors", "training.program"},
+    "tinymim_fast/finetune.py": {"tasks.finetune", "errors", "training.program"},
 }
 
 
@@ -103,7 +106,7 @@ def test_rooms_know_only_what_lies_before_them(room):
 def test_training_alone_knows_the_engine():
     """Models, data, targets and evaluation work without DeepSpeed; the demo starts training as a program."""
     assert importers_of("tinymim_fast.engine") == {
-        f"tinymim_fast/training/{name}.py" for name in ("checkpoint", "loop", "program", "step")
+        f"tinymim_fast/training/{name}.py" for name in ("checkpoint", "ema", "loop", "program", "step", "validation")
     }
 
 

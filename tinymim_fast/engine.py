@@ -10,7 +10,7 @@ import gc
 import io
 import json
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,7 @@ from tinymim_fast.distributed import (
     set_random_states,
 )
 from tinymim_fast.errors import InputError
+from tinymim_fast.parameter_groups import parameter_groups
 from tinymim_fast.random_streams import RandomStreams
 
 STATE = "optimizer.safetensors"
@@ -92,30 +93,6 @@ def stop(world: World | None = None) -> None:
         dist.destroy_process_group()
 
 
-def parameter_groups(
-    parameters: Iterable[nn.Parameter], weight_decay: float, lr_scale: Mapping[nn.Parameter, float] | None = None
-) -> list[dict[str, Any]]:
-    """AdamW groups: no decay on 1-D parameters (biases, norms, LayerScale), as in MAE and TinyMIM.
-
-    Args:
-        parameters: those that require no gradient are left out.
-        weight_decay: of the others.
-        lr_scale: factors on the learning rate, 1 where there is none; "lr_scale" of a group, as in timm.
-    """
-    by_scale: dict[float, tuple[list[nn.Parameter], list[nn.Parameter]]] = {}
-    for parameter in parameters:
-        if parameter.requires_grad:
-            scale = 1.0 if lr_scale is None else lr_scale.get(parameter, 1.0)
-            decay, no_decay = by_scale.setdefault(scale, ([], []))
-            (decay if parameter.ndim > 1 else no_decay).append(parameter)
-    return [
-        {"params": members, "weight_decay": decay, "lr_scale": scale}
-        for scale, of_scale in by_scale.items()
-        for members, decay in zip(of_scale, (weight_decay, 0.0), strict=True)
-        if members
-    ]
-
-
 class Engine:
     """One module under DeepSpeed and AdamW, with a learning rate by optimizer step.
 
@@ -127,6 +104,7 @@ class Engine:
         weight_decay: of AdamW, see `parameter_groups`.
         opt_betas: AdamW's.
         lr_scale: factors on the learning rate by parameter's name; 1 for those that are not named.
+        no_weight_decay: names of parameters that are not decayed, beside 1-D ones.
         seed: of the random numbers of a continuation whose own can't be restored.
         streams: random numbers beside PyTorch's own that its state holds.
         regions: modules of `model` that are compiled: ZeRO-3 gathers the weights of one at once, no hooks inside.
@@ -150,6 +128,7 @@ class Engine:
         weight_decay: float = 0.05,
         opt_betas: tuple[float, float] = (0.9, 0.95),
         lr_scale: Mapping[str, float] | None = None,
+        no_weight_decay: Container[str] = (),
         seed: int = 0,
         streams: RandomStreams | None = None,
         regions: Iterable[nn.Module] = (),
@@ -169,7 +148,8 @@ class Engine:
         zero_config = {"reduce_bucket_size": min(num_parameters, MAX_BUCKET), **ds_config["zero_optimization"]}
         self.ds_config = {**ds_config, "zero_optimization": zero_config}
         scales = {p: (lr_scale or {}).get(name, 1.0) for name, p in self._trained.items()}
-        groups = parameter_groups(model.parameters(), weight_decay, scales)
+        undecayed = {p for name, p in self._trained.items() if name in no_weight_decay}
+        groups = parameter_groups(model.parameters(), weight_decay, scales, undecayed)
         for group in groups:
             group["lr"] = group["lr_scale"]  # the schedule multiplies it
         self._adamw = torch.optim.AdamW(groups, lr=1.0, betas=opt_betas, fused=True)
@@ -184,9 +164,7 @@ class Engine:
                 lr_scheduler=lambda wrapped: torch.optim.lr_scheduler.LambdaLR(wrapped, lr_at),
                 config=self.ds_config,
             )
-        self._states_of = [
-            p for group in self._adamw.param_groups for p in group["params"]
-        ]  # flat partitions under ZeRO
+        self._states_of = [p for group in self._adamw.param_groups for p in group["params"]]  # flat parts under ZeRO
         if self._stage_3:  # which puts them into the groups for the moment of a step only
             self._states_of = self._engine.optimizer.fp32_partitioned_groups_flat
         for name, parameter in self._trained.items():
@@ -231,14 +209,52 @@ class Engine:
         gradients = [p.grad for p in self._trained.values() if p.grad is not None]
         return bool(torch.stack(torch._foreach_norm(gradients)).isfinite().all())
 
-    def trained_state(self) -> dict[str, torch.Tensor]:
-        """fp32 master weights of what the optimizer trains, on the CPU. Collective."""
+    @property
+    def masters(self) -> list[torch.Tensor]:
+        """The fp32 weights that this rank's optimizer updates, where they lie: flat parts of all of them under ZeRO."""
+        return [p.detach() for p in self._states_of]
+
+    def trained_state(self, instead: Sequence[torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+        """fp32 master weights of what the optimizer trains, on the CPU. Collective.
+
+        Args:
+            instead: what to give in place of `masters`, a tensor for each, such as their average over steps.
+        """
         state = {}
-        for name, parameter in self._trained.items():
-            whole = parameter.dtype == torch.float32 and not self._stage_3
-            full = parameter if whole else safe_get_full_fp32_param(parameter)
-            state[name] = full.detach().float().cpu().clone()
+        with contextlib.nullcontext() if instead is None else self._exchanged(instead):
+            for name, parameter in self._trained.items():
+                whole = parameter.dtype == torch.float32 and not self._stage_3 and instead is None
+                full = None if whole else safe_get_full_fp32_param(parameter)  # None without ZeRO
+                state[name] = (parameter if full is None else full).detach().float().cpu().clone()
         return state
+
+    def scatter(self, state: Mapping[str, torch.Tensor], into: Sequence[torch.Tensor]) -> None:
+        """The other way: from whole weights by name to a tensor for each of `masters`. Collective.
+
+        Raises:
+            InputError: a weight is missing or of another shape.
+        """
+        with self._exchanged(into):
+            for name, parameter in self._trained.items():
+                if name not in state or state[name].shape != self._shapes[name]:
+                    raise InputError(f"{name} is missing, or not {tuple(self._shapes[name])}")
+                if self._engine.optimizer is self._adamw:
+                    parameter.data.copy_(state[name])
+                self._set(parameter, state[name])
+            for tensor, master in zip(into, self.masters, strict=True):
+                tensor.copy_(master)
+
+    @contextlib.contextmanager
+    def _exchanged(self, tensors: Sequence[torch.Tensor]) -> Iterator[None]:
+        """Inside the with block the master weights are others; 16-bit weights stay."""
+        kept = [master.clone() for master in self.masters]
+        try:
+            for master, tensor in zip(self.masters, tensors, strict=True):
+                master.copy_(tensor)
+            yield
+        finally:
+            for master, value in zip(self.masters, kept, strict=True):
+                master.copy_(value)
 
     @property
     def holds_all(self) -> bool:

@@ -188,7 +188,7 @@ def main() -> None:
 
     from tinymim_fast.errors import end_process
 
-    for module in ("train", "pretrain", "evaluate", "export", "chain"):
+    for module in ("train", "pretrain", "finetune", "evaluate", "export", "chain"):
         importlib.import_module(f"tinymim_fast.{module}")
     gc.freeze()
     request = serve(socket.socket(fileno=int(sys.argv[1])))

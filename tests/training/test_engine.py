@@ -11,8 +11,9 @@ from support.operators import CountReads
 from support.programs import ROOT, run_training
 from tinymim_fast.batches import BatchPlan
 from tinymim_fast.deepspeed_config import deepspeed_config
-from tinymim_fast.engine import MOMENTS, Engine, parameter_groups, save_state
+from tinymim_fast.engine import MOMENTS, Engine, save_state
 from tinymim_fast.errors import InputError
+from tinymim_fast.parameter_groups import parameter_groups
 
 BATCHES = BatchPlan(micro_batch_size=8, accumulation_steps=2, world_size=4)
 

@@ -1,8 +1,9 @@
 """Checkpoint formats in and out.
 
 A checkpoint of this package is a folder with `model.safetensors`: fp32 weights in timm's names, and a JSON description
-in the file's metadata under "tinymim_fast" (`ModelInfo`). Training adds optimizer state beside it; an export adds
-timm's `config.json`. What other files hold: weights_file.py, official.py.
+in the file's metadata under "tinymim_fast" (`ModelInfo`). Training adds optimizer state beside it, and, where it
+averages its weights, the average as `model_ema.safetensors`, which is what whoever reads the folder gets; an export
+adds timm's `config.json`. What other files hold: weights_file.py, official.py.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from tinymim_fast.models.weights_file import FileContent, check_finite, find_enc
 
 logger = logging.getLogger("tinymim_fast")
 WEIGHTS = "model.safetensors"
+EMA_WEIGHTS = "model_ema.safetensors"
 TIMM_CONFIG = "config.json"
 STEP_NAME = re.compile(r"step_\d{8}")
 METADATA_KEY = "tinymim_fast"
@@ -42,9 +44,9 @@ TARGETS = "targets."  # before layers that distillation trains beside a student,
 NOT_ENCODER = ("decoder_", "mask_token", TARGETS, *NOT_NEEDED)
 
 
-def save_weights(folder: Path, state: Mapping[str, torch.Tensor], info: ModelInfo) -> None:
-    """`folder/model.safetensors`, for `files.whole_folder` to sync."""
-    path = folder / WEIGHTS
+def save_weights(folder: Path, state: Mapping[str, torch.Tensor], info: ModelInfo, name: str = WEIGHTS) -> None:
+    """`folder/name`, for `files.whole_folder` to sync."""
+    path = folder / name
     tensors = {k: v.detach().to("cpu").contiguous() for k, v in state.items()}
     safetensors.torch.save_file(tensors, path, {"format": "pt", METADATA_KEY: json.dumps(asdict(info))})
 
@@ -69,7 +71,7 @@ def find_weights(source: Path) -> Path:
 
     Args:
         source: a run's output folder (its newest checkpoint), a checkpoint or export folder, a timm model folder, or a
-            file.
+            file. Of a folder with an average of the weights (EMA) it is that one.
 
     Raises:
         InputError: there is none, argument "source".
@@ -78,7 +80,8 @@ def find_weights(source: Path) -> Path:
     if (path / "checkpoints").is_dir():
         path = latest_checkpoint(path) or path
     if path.is_dir():
-        path = next((path / name for name in (WEIGHTS, "pytorch_model.bin") if (path / name).is_file()), path / WEIGHTS)
+        names = (EMA_WEIGHTS, WEIGHTS, "pytorch_model.bin")
+        path = next((path / name for name in names if (path / name).is_file()), path / WEIGHTS)
     if not path.is_file():
         held = f"; this folder holds {_listed(source)}" if source.is_dir() else ""
         raise InputError(
@@ -193,7 +196,7 @@ def restore(vit: VisionTransformer, checkpoint: Path, *, student: str | None = N
         InputError: unreadable, not finite, or of another model (argument "source"); other numbers of heads (argument
             "model_kwargs").
     """
-    state, info = read_weights(checkpoint)
+    state, info = read_weights(checkpoint / WEIGHTS)
     if student is not None:
         state = _of_student(state, student)
         info = info and info.of_student(student, checkpoint)

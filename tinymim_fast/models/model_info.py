@@ -28,6 +28,7 @@ class ModelInfo:
         students: of several students of one run, each one's architecture, model_kwargs and head_layout by its name;
             its weights lie behind "student.NAME.". Above stand the first one's.
         teacher_preprocessing: of a distilled student, how its teacher's images were made; None: as the recipe says.
+        class_names: of a classifier, in the order of its outputs; None where nobody says them.
     """
 
     architecture: str
@@ -40,6 +41,7 @@ class ModelInfo:
     preprocessing: dict[str, Any] | None = None
     students: dict[str, dict[str, Any]] = field(default_factory=dict)
     teacher_preprocessing: dict[str, Any] | None = None
+    class_names: list[str] | None = None
 
     @property
     def expects(self) -> Preprocessing | None:
@@ -104,6 +106,11 @@ class ModelInfo:
         heads = layout.get("num_heads", [])
         if not isinstance(heads, list) or any(type(n) is not int or n < 1 for n in [*numbers, *heads]):
             raise InputError(f"{path}: its description has a head_layout that can't be", argument="source")
+        names = info.class_names
+        if names is not None and (
+            len(names) != info.model_kwargs.get("num_classes") or any(type(name) is not str for name in names)
+        ):
+            raise InputError(f"{path}: its description has class_names that can't be", argument="source")
         if info.recipe.get("student_pos_embed", "sincos") not in ("sincos", "learn"):
             raise InputError(f"{path}: its recipe has a student_pos_embed that can't be", argument="source")
         for name, student in info.students.items():
@@ -128,6 +135,7 @@ INFO_TYPES: dict[str, Any] = {
     "preprocessing": (dict, type(None)),
     "students": dict,
     "teacher_preprocessing": (dict, type(None)),
+    "class_names": (list, type(None)),
 }
 
 

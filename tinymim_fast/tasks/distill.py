@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import torch
     from timm.models.vision_transformer import VisionTransformer
 
+    from tinymim_fast.data import ImageIndex
     from tinymim_fast.distributed import World
     from tinymim_fast.models.model_info import ModelInfo
     from tinymim_fast.models.preprocessing import Preprocessing
@@ -164,6 +165,12 @@ def load_teacher(
         mean=config.teacher_mean or (info.expects.mean if info.expects else config.mean),
         std=config.teacher_std or (info.expects.std if info.expects else config.std),
     )
+    if info.expects and info.expects.interpolation not in ("random", config.interpolation):
+        logger.warning(
+            "the teacher was trained on images resized by %s, here by %s: interpolation sets it",
+            info.expects.interpolation,
+            config.interpolation,
+        )
     if info.expects:
         own = not info.expects.differences(view.mean, view.std)
         other = info.expects.differences(*((config.mean, config.std) if own else (view.mean, view.std)))
@@ -200,13 +207,16 @@ def which_teacher(config: DistillConfig) -> dict[str, Any]:
     return {"name": path.parent.name if path.parent.name.startswith("step_") else path.name, "sha256": digest}
 
 
-def build_task(config: DistillConfig, world: "World", checkpoint: Path | None) -> "Task":
+def build_task(
+    config: DistillConfig, world: "World", checkpoint: Path | None, images: "ImageIndex | None" = None
+) -> "Task":
     """Students with their targets, and the teacher, which runs once a batch up to the last place that any asks for.
 
     Args:
         config: of the run.
         world: this process; the teacher goes to its device.
         checkpoint: to take the students' weights from; None for fresh ones, from torch's random numbers.
+        images: to train on; no task here depends on them.
 
     Raises:
         InputError: a model or checkpoint that can't be used, or models that don't fit each other.

@@ -37,7 +37,7 @@ SAY_S = 60  # of waiting for data
 LOOK_S = 1.0  # between two looks at the launcher
 WAIT_S = 10  # for data or at the start, after a signal
 GIVE_UP_S = 10  # more, for the process to give up waiting for data by itself
-STEP_S = 120  # of a step that doesn't end, after a signal
+STEP_S = 120  # of a step, or of a batch of validation, that doesn't end, after a signal
 
 
 class StopRequests:
@@ -125,7 +125,7 @@ class StopRequests:
         raise DataLate
 
     def now(self, what: str) -> None:
-        """The run begins to do this: `TRAINING`, "saving" or `WAITING`."""
+        """The run begins to do this: `TRAINING`, "validating", "saving" or `WAITING`."""
         self._doing, self._doing_since = what, time.monotonic()
 
     @contextlib.contextmanager
@@ -175,7 +175,8 @@ class StopRequests:
             doing, since = self.state()
             waited = time.monotonic() - since
             if asked_at is not None and doing != "saving":
-                limit = {TRAINING: STEP_S, WAITING: WAIT_S + GIVE_UP_S}.get(doing, WAIT_S)
+                limits = {TRAINING: STEP_S, "validating": STEP_S, WAITING: WAIT_S + GIVE_UP_S}
+                limit = limits.get(doing, WAIT_S)
                 if time.monotonic() - max(asked_at, since) > limit:
                     self._end(f"{prog}: stopped by {name} after {limit} s of {doing}")
             late = self.peers.late() if doing == TRAINING and self.peers is not None else {}

@@ -20,6 +20,22 @@ Views = tuple[torch.Tensor, ...]
 
 
 @dataclass(frozen=True)
+class Validation:
+    """How good a model is, measured while it is trained.
+
+    Args:
+        measure: numbers by name, of a whole model's fp32 state and of what asks whether to break off; collective, and
+            the same on every rank.
+        interval: epochs from one to the next.
+        metric: the number by which the best checkpoint is chosen; larger is better.
+    """
+
+    measure: Callable[[Mapping[str, torch.Tensor], Callable[[], bool]], dict[str, float]]
+    interval: int
+    metric: str
+
+
+@dataclass(frozen=True)
 class Frozen:
     """A model that `Task.prepare` calls on images alone, in evaluation mode, without gradients or random numbers.
 
@@ -44,8 +60,8 @@ class Task:
 
     Args:
         model: what the engine trains; its forward takes what `prepare` returns and gives losses by name, one "loss".
-        prepare: from the views of a micro-batch, on the device in the engine's dtype, to the model's inputs; runs
-            without gradients.
+        prepare: from the views of a micro-batch, on the device, images in the engine's dtype, to the model's inputs;
+            runs without gradients.
         parts: names of the losses to report, "loss" first.
         view: what is made of an image.
         weights: the whole model's fp32 state in timm's names, from the engine's trained one.
@@ -56,6 +72,13 @@ class Task:
         streams: random numbers beside PyTorch's own, which a continued run goes on with.
         watch: around optimizer step number n, from 1, in a with block; what it gives has at its end, where the step is
             one to look at, each relation head's divergence by name, (heads,) on the device.
+        augment: what is done to the views of a micro-batch before, a pure function of them and of its number in the
+            run; None for nothing.
+        no_weight_decay: names in `model` of what is not decayed, beside 1-D parameters.
+        trained: what `weights` was made of, from what it made; wanted with `ema_decay` alone.
+        ema_decay: of an average of the weights over steps; None: no average is kept.
+        ema_warmup: whether that decay grows from 0.
+        validation: None for none.
         kept: what a continued run must find unchanged, beside configuration and images: for each field of the
             configuration that names a file, which it was, as JSON can hold it.
     """
@@ -71,6 +94,12 @@ class Task:
     lr_scale: Mapping[str, float] = field(default_factory=dict)
     streams: RandomStreams | None = None
     watch: Callable[[int], AbstractContextManager[Mapping[str, torch.Tensor]]] = _watch_nothing
+    augment: Callable[[Views, int], Views] | None = None
+    no_weight_decay: Container[str] = ()
+    trained: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]] | None = None
+    ema_decay: float | None = None
+    ema_warmup: bool = False
+    validation: Validation | None = None
     kept: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
@@ -91,6 +120,7 @@ def train_view(config: RunConfig, world: World, *, color_jitter: float | None = 
         color_jitter=None if color_jitter is None else (color_jitter,) * 3,
         mean=config.mean,
         std=config.std,
+        interpolation=config.interpolation,
         # half the bytes; the CPU is slower at it
         dtype=torch.float16 if config.bf16 and world.device.type == "cuda" else torch.float32,
         **changes,
