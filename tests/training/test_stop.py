@@ -43,6 +43,10 @@ def members(group: int) -> list[int]:
     return found
 
 
+def command_of(pid):
+    return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
+
+
 def assert_saved(run, output, folder):
     """Code 75, one line that says where it stopped, a checkpoint of that step, every step recorded."""
     assert run.returncode == EXIT_TERMINATED, output
@@ -200,17 +204,23 @@ def test_a_signal_to_a_launchers_group_saves(image_folder, teacher_file, tmp_pat
 
 
 @pytest.mark.fault("SIGKILL to `deepspeed` or `torchrun`", "all ranks notice, save and end")
-@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed", pytest.param("launch.py", marks=SLOW)])
 def test_orphans_save_and_end(image_folder, teacher_file, tmp_path, launcher):
+    """launch.py is the process of `deepspeed` between it and the ranks."""
     flags = distill_flags(
         image_folder, teacher_file, tmp_path / "run", **{**LONG, "epochs": 3000, "checkpoint_interval": 5}
     )
-    process = start_training(*two_ranks(launcher), PACKAGE / "train.py", *flags)
+    process = start_training(
+        *two_ranks("deepspeed" if launcher == "launch.py" else launcher), PACKAGE / "train.py", *flags
+    )
     try:
         deadline = time.monotonic() + 120
         while last_step(tmp_path / "run") < 5 and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.05)
-        os.kill(process.pid, signal.SIGKILL)
+        victim = process.pid
+        if launcher == "launch.py":
+            (victim,) = [pid for pid in members(process.pid) if "deepspeed.launcher.launch" in command_of(pid)]
+        os.kill(victim, signal.SIGKILL)
         output, _ = process.communicate(timeout=60)
         assert f"stopped by the end of its launcher at step {last_step(tmp_path / 'run')}, saved" in output, output
         assert group_is_gone(process.pid)
