@@ -1,4 +1,4 @@
-"""The README's performance, proof and reliability sections, from benchmarks/results and the marks on tests.
+"""The README's performance, study, proof and reliability sections, from benchmarks/results and the marks on tests.
 
 python benchmarks/readme_tables.py        rewrites README.md (make readme-tables)
 
@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import reliability
+import study_report
 from labels import OURS, in_order, label, our_row
 
 ROOT = Path(__file__).parent.parent
@@ -277,6 +278,7 @@ def render(readme: str, results: Path) -> str:
     """
     sections = {
         "performance": performance(results),
+        "study": study_report.section(results / "study"),
         "proof": proof(results),
         "reliability": reliability.table(ROOT / "tests", results),
     }

@@ -122,7 +122,7 @@ def ours(config: DistillConfig, world: World, opened: ExitStack) -> Loop:
         backward=engine.backward,
         update=engine.step,
         gradient=lambda: safe_get_full_grad(task.model.student.model.patch_embed.proj.weight),
-        loss=lambda qkv_s, qkv_t: task.model.loss(qkv_s, qkv_t)["loss"],
+        loss=lambda qkv_s, qkv_t: task.model.targets["relations"]((qkv_s,), (qkv_t,))["loss"],
         student=task.model.student,
         teacher_precision=task.frozen.settings["teacher_precision"],
     )
@@ -142,7 +142,7 @@ def plain(config: DistillConfig, world: World, opened: ExitStack) -> Loop:
         world,
         task.model.student.to(world.device),
         prepare=lambda views: task.prepare(tuple(view.to(dtype) for view in views)),
-        loss=lambda qkv_s, qkv_t: task.model.loss(qkv_s, qkv_t)["loss"],
+        loss=lambda qkv_s, qkv_t: task.model.targets["relations"]((qkv_s,), (qkv_t,))["loss"],
         teacher_precision=task.frozen.settings["teacher_precision"],
     )
     return replace(loop, step=partial(whole_step, loop))

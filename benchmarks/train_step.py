@@ -47,7 +47,8 @@ from tinymim_fast import engine as engines
 from tinymim_fast.data import build_loader, find_images
 from tinymim_fast.data.loader import TrainLoader
 from tinymim_fast.distributed import World
-from tinymim_fast.tasks.distill import DistillConfig, build_task, build_teacher
+from tinymim_fast.models.taps import Place, Taps
+from tinymim_fast.tasks.distill import DistillConfig, build_task, load_teacher
 from tinymim_fast.training.task import train_view
 
 SWEEPS = ("pairs", "settings", "zero", "batch", "data")
@@ -137,7 +138,7 @@ def by_formula(
     """Loss and gradient of the patch embedding by the formula, for each pair of the student's and teacher's dtypes."""
     torch.manual_seed(config.seed)
     student = build_task(replace(config, attention="math"), world, None).model.student.to(world.device).eval()
-    teacher, _, heads, _ = build_teacher(config)
+    teacher, heads = Taps(load_teacher(config)[0], [Place("qkv", config.target_block)]), config.relation_heads
     teacher.to(world.device).eval()
     results, tapped = [], {}
     for dtype in (torch.float64, torch.float32, torch.bfloat16):  # each holds what the next one needs

@@ -7,6 +7,7 @@ from tinymim_fast.batches import BatchPlan
 from tinymim_fast.config import RECIPES, RunConfig, differences, parse, to_dict, to_yaml
 from tinymim_fast.errors import InputError
 from tinymim_fast.tasks.distill import DistillConfig
+from tinymim_fast.tasks.finetune import FinetuneConfig
 from tinymim_fast.tasks.pretrain import PretrainConfig
 
 PATHS = ["--data-path=d", "--output-dir=o"]
@@ -15,8 +16,10 @@ DISTILL = [*PATHS, "--teacher-checkpoint=t"]
 
 @pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda p: p.stem)
 def test_recipes_are_complete_runs(recipe):
-    distills = "student_model" in yaml.safe_load(recipe.read_text())
-    kind, flags = (DistillConfig, DISTILL) if distills else (PretrainConfig, PATHS)
+    keys = yaml.safe_load(recipe.read_text())
+    kind, flags = (DistillConfig, DISTILL) if "student_model" in keys else (PretrainConfig, PATHS)
+    if "layer_decay" in keys:
+        kind, flags = FinetuneConfig, [*PATHS, "--checkpoint=c"]
     by_path = parse(kind, [f"--config={recipe}", *flags], "p")
     assert by_path == parse(kind, ["--config", recipe.stem, *flags], "p")
     assert by_path.batch_plan(8).micro_batch_size >= 1

@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING, Any
 from tinymim_fast.config import RECIPES, check_keys, find_recipe, parse
 from tinymim_fast.errors import EXIT_INPUT, EXIT_TERMINATED, InputError, Terminated, flags
 from tinymim_fast.stages import Stages, launch, tell_failure
-from tinymim_fast.tasks.distill import DistillConfig, tap_teacher, which_teacher
+from tinymim_fast.tasks.distill import DistillConfig, which_teacher
 from tinymim_fast.yaml_files import read_mapping
 
 if TYPE_CHECKING:
@@ -152,36 +152,33 @@ def check_fit(stages: Sequence[Stage], num_finished: int) -> None:
     import torch
 
     from tinymim_fast.models.checkpoints import describe
-    from tinymim_fast.models.taps import Place, Taps
     from tinymim_fast.models.vit import create_vit, head_layout
-    from tinymim_fast.targets.relations import RelationDistiller
-    from tinymim_fast.tasks.distill import build_teacher
+    from tinymim_fast.tasks.build_students import build_students
+    from tinymim_fast.tasks.distill import load_teacher
 
     before: tuple[Stage, dict[str, Any]] | None = None
-    for stage in stages:
+    for number, stage in enumerate(stages):
         config = stage.config
-        with named(stage.name), flags(model="student_model", model_kwargs="student_model_kwargs"), torch.device("meta"):
-            student = create_vit(config.student_model, img_size=config.img_size, **config.student_model_kwargs)
-        heads = None
         with named(stage.name):
+            if config.students is not None and number + 1 < len(stages):
+                raise InputError(
+                    "got several, but the next stage learns from one; put them into the last stage", argument="students"
+                )
             if before is not None:
                 with torch.device("meta"):
-                    vit = of_stage(*before, config)
-                teacher, _, heads = tap_teacher(config, vit, before[1])
+                    teacher, layout = of_stage(*before, config), before[1]
             elif num_finished == 0:
-                teacher, _, heads, _ = build_teacher(config)
+                teacher, info, _ = load_teacher(config)
+                layout = info.head_layout
             else:  # what it learnt from need not be there any more
+                with torch.device("meta"):
+                    vit = create_vit(config.student_model, img_size=config.img_size, **config.student_model_kwargs)
                 heads = config.relation_heads or describe(stage.folder).head_layout.get("relation_heads")
-            if before is not None or num_finished == 0:
-                RelationDistiller(
-                    Taps(student, [Place("qkv", len(student.blocks))]),
-                    teacher,
-                    relation_heads=heads,
-                    relations=config.relations,
-                    weights=config.relation_weights,
-                    backend=config.loss_backend,
-                )
-        before = stage, {**head_layout(student), "relation_heads": heads}
+                before = stage, {**head_layout(vit), "relation_heads": heads}
+                continue
+            with torch.device("meta"):
+                students = build_students(config, teacher, layout)
+        before = stage, students[0].info["head_layout"]
 
 
 def of_stage(before: Stage, layout: Mapping[str, Any], config: DistillConfig) -> VisionTransformer:

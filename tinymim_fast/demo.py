@@ -79,58 +79,25 @@ def _one_device() -> tuple[str, str]:
 
 def picture_relations(path: Path, image_file: Path, teacher: str, student: str) -> None:
     """What patches of one image relate to in the teacher, in the untrained and in the distilled student, as a PNG."""
-    import numpy as np
     import torch
-    from PIL import Image
 
     from tinymim_fast.models.checkpoints import load_encoder
-    from tinymim_fast.models.taps import Place, Taps
     from tinymim_fast.models.vit import create_vit, init_mae_style
-    from tinymim_fast.relation_maps import draw_relation_maps, head_kl, relation_rows, telling_queries
+    from tinymim_fast.relation_maps import compare, telling_queries
+    from tinymim_fast.relation_picture import draw, lines_of
+    from tinymim_fast.show import TITLE, load_teacher, open_image, viewed
 
-    of_teacher, _ = load_encoder(teacher)
     distilled, info = load_encoder(student)
     torch.manual_seed(info.recipe["seed"])  # the weights that training began with
     untrained = create_vit(info.architecture, **info.model_kwargs)
     init_mae_style(untrained, pos_embed=info.recipe["student_pos_embed"])
-
-    with Image.open(image_file) as file:
-        pixels = file.convert("RGB")
-    size = info.model_kwargs["img_size"]
-    view = torch.from_numpy(np.asarray(pixels.resize((size, size), Image.BICUBIC)) / 255).float()
-    mean, std = (torch.tensor(info.recipe[name]) for name in ("mean", "std"))
-    batch = ((view - mean) / std).permute(2, 0, 1)[None]
-
-    layout, relations = info.head_layout, info.recipe["relations"]
-    prefix, grid = distilled.num_prefix_tokens, distilled.patch_embed.grid_size
-    depth = len(distilled.blocks)
-    tapped = {
-        "teacher": (of_teacher, layout["teacher_block"]),
-        "student before": (untrained, depth),
-        "student after": (distilled, depth),
-    }
-    qkv = {}
-    for who, (vit, block) in tapped.items():
-        with torch.inference_mode():
-            (qkv[who],) = Taps(vit.eval(), [Place("qkv", block)])(batch).values()
-    heads = layout["relation_heads"]
-    rows = {r: {who: relation_rows(projection, r, heads) for who, projection in qkv.items()} for r in relations}
-    on_patches = {
-        relation: {who: r[0].mean(0)[prefix:, prefix:] for who, r in of_model.items()}
-        for relation, of_model in rows.items()
-    }
-    queries = telling_queries(on_patches[relations[-1]]["teacher"], NUM_QUERIES)
-    maps = {}
-    for relation, of_model in rows.items():
-        kl = {who: head_kl(of_model["teacher"], r).mean() for who, r in of_model.items()}
-        maps[f"{relation[0].upper()} {relation[1].upper()}\u1d40"] = {
-            f"{who}\n" + ("" if who == "teacher" else f"KL {kl[who]:.3f}"): patches[queries].numpy()
-            for who, patches in on_patches[relation].items()
-        }
-    title = (
-        "What the framed patch relates to (mean over heads); KL: how far from the teacher in nats, mean over the image"
-    )
-    draw_relation_maps(path, np.asarray(pixels), grid, queries, maps, title=title)
+    of_teacher = load_teacher({"source": teacher}, info, None)
+    vits = {"student before": untrained, "student after": distilled}
+    students = [viewed(title, vit, info, len(vit.blocks)) for title, vit in vits.items()]
+    relations, heads = info.recipe["relations"], info.head_layout["relation_heads"]
+    compared = compare(open_image(image_file), of_teacher, students, relations, heads)
+    queries = telling_queries(compared.rows[relations[-1]]["teacher"].mean(0), NUM_QUERIES)
+    draw(path, lines_of(compared, queries), of_teacher.grid, title=TITLE)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

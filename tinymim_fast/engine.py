@@ -10,7 +10,8 @@ import gc
 import io
 import json
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,18 @@ from deepspeed.utils import (
 )
 from torch import nn
 
-from tinymim_fast.distributed import World, complete_environment, join, random_states, seed_rank, set_random_states
+from tinymim_fast.distributed import (
+    World,
+    complete_environment,
+    join,
+    leave,
+    random_states,
+    seed_rank,
+    set_random_states,
+)
 from tinymim_fast.errors import InputError
+from tinymim_fast.parameter_groups import parameter_groups
+from tinymim_fast.random_streams import RandomStreams
 
 STATE = "optimizer.safetensors"
 MAX_BUCKET = 500_000_000  # DeepSpeed's own size of a bucket of gradients
@@ -44,8 +55,13 @@ MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, by their names in PyTorch
 deepspeed.utils.logger.setLevel(logging.WARNING)  # a user's run needs its warnings, not every step of its set-up
 
 
-def start() -> World:
-    """Join the processes that `deepspeed`, `torchrun` or nobody (plain `python`) started."""
+def start(max_wait_minutes: float | None = None) -> World:
+    """Join the processes that `deepspeed`, `torchrun` or nobody (plain `python`) started.
+
+    Args:
+        max_wait_minutes: what a run may wait for data or for a rank, so that no collective gives up before; 0: any
+            time. None: the backend's time-outs.
+    """
     local_rank = complete_environment()
     accelerator = get_accelerator()
     if accelerator.device_name() == "cpu":
@@ -60,39 +76,21 @@ def start() -> World:
             )
         accelerator.set_device(local_rank)
         device = torch.device(accelerator.device_name(local_rank))
-    join(accelerator.communication_backend_name())
+    timeout = None
+    if max_wait_minutes is not None:
+        timeout = timedelta(minutes=max_wait_minutes + 5) if max_wait_minutes else timedelta(days=365)
+    store = join(accelerator.communication_backend_name(), timeout)
     deepspeed.init_distributed(dist_backend=accelerator.communication_backend_name(), verbose=False)
-    return World(dist.get_rank(), dist.get_world_size(), device, dist.new_group(backend="gloo"))
+    host_group = dist.new_group(backend="gloo", timeout=timeout)
+    return World(dist.get_rank(), dist.get_world_size(), device, host_group, store)
 
 
-def stop() -> None:
-    """Leave the process group."""
-    if dist.is_initialized():
+def stop(world: World | None = None) -> None:
+    """Leave the process group; with `world`, together with the other ranks: see `leave`."""
+    if world is not None:
+        leave(world.store)
+    elif dist.is_initialized():
         dist.destroy_process_group()
-
-
-def parameter_groups(
-    parameters: Iterable[nn.Parameter], weight_decay: float, lr_scale: Mapping[nn.Parameter, float] | None = None
-) -> list[dict[str, Any]]:
-    """AdamW groups: no decay on 1-D parameters (biases, norms, LayerScale), as in MAE and TinyMIM.
-
-    Args:
-        parameters: those that require no gradient are left out.
-        weight_decay: of the others.
-        lr_scale: factors on the learning rate, 1 where there is none; "lr_scale" of a group, as in timm.
-    """
-    by_scale: dict[float, tuple[list[nn.Parameter], list[nn.Parameter]]] = {}
-    for parameter in parameters:
-        if parameter.requires_grad:
-            scale = 1.0 if lr_scale is None else lr_scale.get(parameter, 1.0)
-            decay, no_decay = by_scale.setdefault(scale, ([], []))
-            (decay if parameter.ndim > 1 else no_decay).append(parameter)
-    return [
-        {"params": members, "weight_decay": decay, "lr_scale": scale}
-        for scale, of_scale in by_scale.items()
-        for members, decay in zip(of_scale, (weight_decay, 0.0), strict=True)
-        if members
-    ]
 
 
 class Engine:
@@ -106,7 +104,9 @@ class Engine:
         weight_decay: of AdamW, see `parameter_groups`.
         opt_betas: AdamW's.
         lr_scale: factors on the learning rate by parameter's name; 1 for those that are not named.
+        no_weight_decay: names of parameters that are not decayed, beside 1-D ones.
         seed: of the random numbers of a continuation whose own can't be restored.
+        streams: random numbers beside PyTorch's own that its state holds.
         regions: modules of `model` that are compiled: ZeRO-3 gathers the weights of one at once, no hooks inside.
 
     `forward` takes what the model's forward takes; floating-point inputs in `dtype`.
@@ -128,13 +128,16 @@ class Engine:
         weight_decay: float = 0.05,
         opt_betas: tuple[float, float] = (0.9, 0.95),
         lr_scale: Mapping[str, float] | None = None,
+        no_weight_decay: Container[str] = (),
         seed: int = 0,
+        streams: RandomStreams | None = None,
         regions: Iterable[nn.Module] = (),
     ):
         half = ds_config["bf16"]["enabled"] or ds_config.get("torch_autocast", {}).get("enabled", False)
         self.world = world
         self.dtype = torch.bfloat16 if half else torch.float32
         self._seed = seed
+        self._streams = streams or RandomStreams(world.device)
         self._lr_at = lr_at
         self._trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._shapes = {name: p.shape for name, p in self._trained.items()}
@@ -145,7 +148,8 @@ class Engine:
         zero_config = {"reduce_bucket_size": min(num_parameters, MAX_BUCKET), **ds_config["zero_optimization"]}
         self.ds_config = {**ds_config, "zero_optimization": zero_config}
         scales = {p: (lr_scale or {}).get(name, 1.0) for name, p in self._trained.items()}
-        groups = parameter_groups(model.parameters(), weight_decay, scales)
+        undecayed = {p for name, p in self._trained.items() if name in no_weight_decay}
+        groups = parameter_groups(model.parameters(), weight_decay, scales, undecayed)
         for group in groups:
             group["lr"] = group["lr_scale"]  # the schedule multiplies it
         self._adamw = torch.optim.AdamW(groups, lr=1.0, betas=opt_betas, fused=True)
@@ -160,9 +164,7 @@ class Engine:
                 lr_scheduler=lambda wrapped: torch.optim.lr_scheduler.LambdaLR(wrapped, lr_at),
                 config=self.ds_config,
             )
-        self._states_of = [
-            p for group in self._adamw.param_groups for p in group["params"]
-        ]  # flat partitions under ZeRO
+        self._states_of = [p for group in self._adamw.param_groups for p in group["params"]]  # flat parts under ZeRO
         if self._stage_3:  # which puts them into the groups for the moment of a step only
             self._states_of = self._engine.optimizer.fp32_partitioned_groups_flat
         for name, parameter in self._trained.items():
@@ -207,17 +209,63 @@ class Engine:
         gradients = [p.grad for p in self._trained.values() if p.grad is not None]
         return bool(torch.stack(torch._foreach_norm(gradients)).isfinite().all())
 
-    def trained_state(self) -> dict[str, torch.Tensor]:
-        """fp32 master weights of what the optimizer trains, on the CPU. Collective."""
+    @property
+    def masters(self) -> list[torch.Tensor]:
+        """The fp32 weights that this rank's optimizer updates, where they lie: flat parts of all of them under ZeRO."""
+        return [p.detach() for p in self._states_of]
+
+    def trained_state(self, instead: Sequence[torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+        """fp32 master weights of what the optimizer trains, on the CPU. Collective.
+
+        Args:
+            instead: what to give in place of `masters`, a tensor for each, such as their average over steps.
+        """
         state = {}
-        for name, parameter in self._trained.items():
-            whole = parameter.dtype == torch.float32 and not self._stage_3
-            full = parameter if whole else safe_get_full_fp32_param(parameter)
-            state[name] = full.detach().float().cpu().clone()
+        with contextlib.nullcontext() if instead is None else self._exchanged(instead):
+            for name, parameter in self._trained.items():
+                whole = parameter.dtype == torch.float32 and not self._stage_3 and instead is None
+                full = None if whole else safe_get_full_fp32_param(parameter)  # None without ZeRO
+                state[name] = (parameter if full is None else full).detach().float().cpu().clone()
         return state
 
-    def optimizer_state(self) -> dict[str, torch.Tensor]:
+    def scatter(self, state: Mapping[str, torch.Tensor], into: Sequence[torch.Tensor]) -> None:
+        """The other way: from whole weights by name to a tensor for each of `masters`. Collective.
+
+        Raises:
+            InputError: a weight is missing or of another shape.
+        """
+        with self._exchanged(into):
+            for name, parameter in self._trained.items():
+                if name not in state or state[name].shape != self._shapes[name]:
+                    raise InputError(f"{name} is missing, or not {tuple(self._shapes[name])}")
+                if self._engine.optimizer is self._adamw:
+                    parameter.data.copy_(state[name])
+                self._set(parameter, state[name])
+            for tensor, master in zip(into, self.masters, strict=True):
+                tensor.copy_(master)
+
+    @contextlib.contextmanager
+    def _exchanged(self, tensors: Sequence[torch.Tensor]) -> Iterator[None]:
+        """Inside the with block the master weights are others; 16-bit weights stay."""
+        kept = [master.clone() for master in self.masters]
+        try:
+            for master, tensor in zip(self.masters, tensors, strict=True):
+                master.copy_(tensor)
+            yield
+        finally:
+            for master, value in zip(self.masters, kept, strict=True):
+                master.copy_(value)
+
+    @property
+    def holds_all(self) -> bool:
+        """Whether this rank has all weights and moments itself."""
+        return self.world.world_size == 1 or self._engine.optimizer is self._adamw
+
+    def optimizer_state(self, *, alone: bool = False) -> dict[str, torch.Tensor]:
         """Both moments of each weight, whole and fp32, and every rank's random states, on rank 0's CPU. Collective.
+
+        Args:
+            alone: without the random states, and not collective, where this rank `holds_all`.
 
         Nothing in it depends on how many ranks there are or how ZeRO divides the optimizer among them.
         """
@@ -229,7 +277,8 @@ class Engine:
                     full = self._adamw.state[parameter][moment]
                 if self.world.is_main:
                     state[f"{moment}.{name}"] = full.detach().cpu()
-        for rank, random in enumerate(self.world.gather(random_states(self.world.device))):
+        mine = {**random_states(self.world.device), **self._streams.states()}
+        for rank, random in enumerate([] if alone else self.world.gather(mine)):
             state.update({f"random_{kind}.{rank}": tensor for kind, tensor in random.items()})
         return state
 
@@ -298,13 +347,19 @@ class Engine:
             zero._lazy_init_hp_params_optimizer_state()
 
     def _restore_random_states(self, saved: Mapping[str, torch.Tensor], step: int) -> None:
-        kinds = random_states(self.world.device)
-        wanted = {f"random_{kind}.{rank}" for kind in kinds for rank in range(self.world.world_size)}
-        if wanted != set(saved):
+        mine, ranks = {}, set()
+        for key, state in saved.items():
+            kind, _, rank = key.removeprefix("random_").rpartition(".")
+            ranks.add(int(rank))
+            if int(rank) == self.world.rank:
+                mine[kind] = state
+        kinds = random_states(self.world.device).keys()
+        own = {kind: mine.pop(kind) for kind in tuple(mine) if "." not in kind}
+        if own.keys() != kinds or ranks != set(range(self.world.world_size)):
             seed_rank(self._seed, step, self.world.rank)
             return
-        mine = {kind: saved[f"random_{kind}.{self.world.rank}"] for kind in kinds}
-        set_random_states(mine, self.world.device)
+        set_random_states(own, self.world.device)
+        self._streams.restore(mine)
 
 
 def save_state(folder: Path, state: Mapping[str, torch.Tensor], client_state: Mapping[str, Any]) -> None:

@@ -199,23 +199,29 @@ def eval_view(info: ModelInfo, checkpoint: str, *, crop_pct: float | None = None
     Raises:
         InputError: a crop that can't be; argument "crop_pct".
     """
-    from tinymim_fast.data.views import EvalView
+    from tinymim_fast.data.views import INTERPOLATIONS, EvalView
     from tinymim_fast.models.preprocessing import Preprocessing
 
     expects = info.expects
     if expects is None:
         expects = Preprocessing()
         logger.warning("%s does not say how its images were made; assumed: %s", checkpoint, expects)
-    if expects.interpolation != "bicubic":
-        logger.warning(
-            "%s: images resized by %s were expected; resized bicubically here", checkpoint, expects.interpolation
-        )
+    interpolation = expects.interpolation
+    if interpolation not in INTERPOLATIONS:  # timm's "random", of training alone
+        interpolation = "bicubic"
+        logger.warning("%s: images resized by %s were expected; bicubically here", checkpoint, expects.interpolation)
     if crop_pct is not None:
         if not 0 < crop_pct <= 1:
             raise InputError(f"got {crop_pct}, want a share of the resized image, at most 1", argument="crop_pct")
         expects = replace(expects, crop_pct=crop_pct)
     img_size = info.model_kwargs["img_size"]
-    return EvalView(img_size=img_size, resize_size=expects.resize_size(img_size), mean=expects.mean, std=expects.std)
+    return EvalView(
+        img_size=img_size,
+        resize_size=expects.resize_size(img_size),
+        mean=expects.mean,
+        std=expects.std,
+        interpolation=interpolation,
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -38,8 +38,9 @@ def export(
 ) -> bool:
     """Write `out/model.safetensors` (fp32, timm's names) and `out/config.json` (timm's, with "tinymim_fast" added).
 
-    Both carry the head layout and the recipe, so nothing about the model has to be remembered; the config has the
-    mean, standard deviation, size and crop of the images that the model expects. `out` appears whole or not at all.
+    Both carry the head layout, the recipe and a classifier's class names, so nothing about the model has to be
+    remembered; the config has the mean, standard deviation, size and crop of the images that the model expects, and the
+    class names as timm's `label_names`. `out` appears whole or not at all.
 
     Other formats say the same: `out/model.pt2`, of `torch.export`, in its extra file tinymim_fast.json, and
     `out/model.onnx` in its metadata. Both take any number of images, made as the config says, and are held against the
@@ -80,7 +81,7 @@ def export(
             save_for_hf(
                 vit,
                 str(temporary),
-                model_config={"tinymim_fast": asdict(info)},
+                model_config={"tinymim_fast": asdict(info), "label_names": info.class_names},
                 model_args=args,
                 safe_serialization=True,
                 data_config={**asdict(expects), "input_size": (3, img_size, img_size)},

@@ -131,6 +131,32 @@ def test_the_students_view_may_have_another_size(drawn_index, loader_name):
             assert found[1].shape[-2:] == (80, 80)
 
 
+@pytest.mark.parametrize("interpolation", ["bilinear", "lanczos", "box", "hamming", "nearest"])
+def test_interpolations_are_pils(drawn_index, loader_name, interpolation):
+    """In training, whole images resized; and in evaluation: both against PIL, and others than bicubic."""
+    whole = {"scale": (1.0, 1.0), "ratio": (1.0, 1.0), "hflip": 0.0, "color_jitter": None, "workers": 0}
+    how, size = Image.Resampling[interpolation.upper()], 40
+
+    def by_pil(sample_ids, resampling=how):
+        images = [drawn_index.read_image(i).resize((size, size), resampling) for i in sample_ids.tolist()]
+        pixels = torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in images]) / 255
+        return (pixels - torch.tensor(IMAGENET_MEAN).view(3, 1, 1)) / torch.tensor(IMAGENET_STD).view(3, 1, 1)
+
+    with train_loader(drawn_index, loader_name, img_size=size, interpolation=interpolation, **whole) as loader:
+        found = [(views[0], torch.from_numpy(loader.plan.sample_ids(0))) for views in loader.batches(0, 1)]
+    changes = {"img_size": size, "resize_size": size, "interpolation": interpolation, "workers": 0}
+    with eval_loader(drawn_index, loader_name, **changes) as loader:
+        found.append(next((images, sample_ids) for images, _, sample_ids in loader))
+    for images, sample_ids in found:
+        assert mean_difference(images, by_pil(sample_ids)).max() < LIMITS["cpu"][0][0]
+        assert mean_difference(images, by_pil(sample_ids, Image.Resampling.BICUBIC)).min() > 0.3
+
+
+def test_an_interpolation_that_nobody_has_is_refused(drawn_index, loader_name):
+    with pytest.raises(DataError, match="interpolation: got random, want one of bicubic, bilinear"):
+        eval_loader(drawn_index, loader_name, interpolation="random")
+
+
 def test_one_view_is_the_teachers(drawn_index, loader_name):
     with (
         train_loader(drawn_index, loader_name) as two,
@@ -162,8 +188,15 @@ def operations(request, monkeypatch):
     if request.param == "gpu":
         for name in ("_resize", "_saturate"):
             original = getattr(dali, name)
-            monkeypatch.setattr(dali, name, lambda image, parameter, threads, op=original: op(image, parameter, None))
+            monkeypatch.setattr(dali, name, lambda *arguments, op=original: op(*arguments[:-1], None))
     return request.param
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "lanczos", "nearest"])
+def test_dalis_own_interpolations_are_pils(drawn_index, operations, interpolation):
+    """Those that a GPU has; the others are refused there, or done by torchvision."""
+    changes = {"scale": (0.4, 1.0), "color_jitter": None, "interpolation": interpolation, "num_steps": 1}
+    assert_loaders_agree(drawn_index, operations, **changes)
 
 
 def test_loaders_agree_on_drawn_pictures(drawn_index, operations):

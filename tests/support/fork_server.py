@@ -172,7 +172,8 @@ def keep(status: int, output: int) -> bool:
     os.close(output)
     os.write(status, f"{pid} {keeper}\n".encode())
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    os.write(status, f"{code}\n".encode())
+    with contextlib.suppress(BrokenPipeError):  # the tests ended
+        os.write(status, f"{code}\n".encode())
     os._exit(0)
 
 
@@ -185,7 +186,9 @@ def main() -> None:
     import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  deepspeed.initialize imports it: 1 s
     import matplotlib.figure  # noqa: F401
 
-    for module in ("train", "pretrain", "evaluate", "export", "chain"):
+    from tinymim_fast.errors import end_process
+
+    for module in ("train", "pretrain", "finetune", "evaluate", "export", "chain"):
         importlib.import_module(f"tinymim_fast.{module}")
     gc.freeze()
     request = serve(socket.socket(fileno=int(sys.argv[1])))
@@ -196,7 +199,7 @@ def main() -> None:
     os.environ.update(request["env"])
     tempfile.tempdir = None
     sys.argv = [request["module"], *request["argv"]]
-    sys.exit(importlib.import_module(request["module"]).main(request["argv"]))
+    end_process(importlib.import_module(request["module"]).main(request["argv"]))
 
 
 if __name__ == "__main__":

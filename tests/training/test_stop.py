@@ -43,6 +43,10 @@ def members(group: int) -> list[int]:
     return found
 
 
+def command_of(pid):
+    return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
+
+
 def assert_saved(run, output, folder):
     """Code 75, one line that says where it stopped, a checkpoint of that step, every step recorded."""
     assert run.returncode == EXIT_TERMINATED, output
@@ -200,17 +204,23 @@ def test_a_signal_to_a_launchers_group_saves(image_folder, teacher_file, tmp_pat
 
 
 @pytest.mark.fault("SIGKILL to `deepspeed` or `torchrun`", "all ranks notice, save and end")
-@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed", pytest.param("launch.py", marks=SLOW)])
 def test_orphans_save_and_end(image_folder, teacher_file, tmp_path, launcher):
+    """launch.py is the process of `deepspeed` between it and the ranks."""
     flags = distill_flags(
         image_folder, teacher_file, tmp_path / "run", **{**LONG, "epochs": 3000, "checkpoint_interval": 5}
     )
-    process = start_training(*two_ranks(launcher), PACKAGE / "train.py", *flags)
+    process = start_training(
+        *two_ranks("deepspeed" if launcher == "launch.py" else launcher), PACKAGE / "train.py", *flags
+    )
     try:
         deadline = time.monotonic() + 120
         while last_step(tmp_path / "run") < 5 and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.05)
-        os.kill(process.pid, signal.SIGKILL)
+        victim = process.pid
+        if launcher == "launch.py":
+            (victim,) = [pid for pid in members(process.pid) if "deepspeed.launcher.launch" in command_of(pid)]
+        os.kill(victim, signal.SIGKILL)
         output, _ = process.communicate(timeout=60)
         assert f"stopped by the end of its launcher at step {last_step(tmp_path / 'run')}, saved" in output, output
         assert group_is_gone(process.pid)
@@ -252,16 +262,43 @@ def test_a_rank_without_data_loses_nothing(image_folder, teacher_file, tmp_path,
     kills.assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
-@pytest.mark.fault("SIGKILL to one rank of two", "the other ends with one line and code 75; the same command goes on")
-def test_a_lost_rank_is_one_line(image_folder, teacher_file, tmp_path):
-    flags = distill_flags(image_folder, teacher_file, tmp_path / "run", **{**LONG, "checkpoint_interval": 2})
-    runs = start_ranks("train", *flags)
+@pytest.mark.fault(
+    "SIGKILL to one rank of two",
+    "the other ends with one line that names it and code 75; with ZeRO-0 rank 0 saves alone; the same command goes on",
+)
+@pytest.mark.parametrize(("victim", "stage"), [(1, 1), (1, 0), pytest.param(0, 2, marks=SLOW)])
+def test_a_lost_rank_is_one_line(image_folder, teacher_file, tmp_path, victim, stage):
+    changes = {**LONG, "zero_stage": stage, "checkpoint_interval": 0 if stage == 0 else 2}
+    runs = start_ranks("train", *distill_flags(image_folder, teacher_file, tmp_path / "run", **changes))
     try:
         runs[0].wait_for("step 3/")
-        runs[1].kill()
-        output, _ = runs[0].communicate(60)
+        runs[victim].kill()
+        other = runs[1 - victim]
+        output, _ = other.communicate(60)
+        assert other.returncode == EXIT_TERMINATED and "Traceback" not in output and "frame #" not in output, output
+        gone = f"another rank ended or can't be reached: rank {victim} (process {runs[victim].pid} is gone)"
+        assert len([line for line in output.splitlines() if gone in line]) == 1, output
+        assert f"the last checkpoint is step_{last_step(tmp_path / 'run'):08d}" in output
+        assert ("ZeRO-" in output) == (stage > 0)
+    finally:
+        for run in runs:
+            run.kill()
+    if stage == 0:
+        assert last_step(tmp_path / "run") == read_metrics(tmp_path / "run")[-1]["step"] >= 3
+        kills.assert_complete(tmp_path / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.fault("SIGSTOP to one rank of two", "after `--max-wait` the other ends; one line names it, code 75")
+def test_a_stopped_rank_is_named(image_folder, teacher_file, tmp_path):
+    changes = {**LONG, "checkpoint_interval": 2, "max_wait": 0.05}
+    runs = start_ranks("train", *distill_flags(image_folder, teacher_file, tmp_path / "run", **changes))
+    try:
+        runs[0].wait_for("step 3/")
+        os.kill(runs[1].pid, signal.SIGSTOP)
+        output, _ = runs[0].communicate(120)
         assert runs[0].returncode == EXIT_TERMINATED and "Traceback" not in output, output
-        assert "another rank ended or can't be reached" in output
+        assert "s of waiting for rank 1 (no sign of life for " in output and "more than max_wait allows" in output
         assert f"the last checkpoint is step_{last_step(tmp_path / 'run'):08d}" in output
     finally:
         for run in runs:

@@ -78,8 +78,8 @@ class TrainLoader(_Loader):
 
         Returns:
             Iterator of accumulation_steps * num_steps tuples of tensors (B, 3, S, S) on the loader's device, S by
-            `view.sizes`: (teacher_view, student_view), or (view,). Same step, same values, whatever the
-            start. Prefetching goes on over the ends of epochs.
+            `view.sizes`: (teacher_view, student_view), or (view,); with `view.labels` the classes, int64 (B,), come
+            behind them. Same step, same values, whatever the start. Prefetching goes on over the ends of epochs.
 
         Raises:
             DataError: while iterating, for a missing or truncated shard, or many files in a row that can't be decoded.
@@ -132,7 +132,8 @@ def build_loader(
 
     Args:
         index: the images.
-        view: what is made of each; with colour jitter, batches are (teacher_view, student_view), else (view,).
+        view: what is made of each; a clean and a changed view make batches of (teacher_view, student_view), one view
+            (view,), either with the labels behind it where `view.labels` says so.
         batches: how a global batch is divided among ranks and into micro-batches.
         loader: "dali", "torchvision", or "auto": DALI where it is installed.
         seed: of order, crops and jitter; equal on all ranks.
@@ -151,7 +152,7 @@ def build_loader(
         DataError: an epoch would have no step, a bad setting, or the named loader is not installed.
     """
     plan = TrainPlan(index=index, view=view, batches=batches, seed=seed, rank=rank)
-    backend = _backend(loader, device, workers, prefetch, dali_kwargs or {}, waiting)
+    backend = _backend(_able(loader, view, device), device, workers, prefetch, dali_kwargs or {}, waiting)
     return TrainLoader(plan, bad_files or BadFiles(index), *backend)
 
 
@@ -182,7 +183,13 @@ def build_eval_loader(
         DataError: a bad setting, damaged images in the index, or the named loader is not installed.
     """
     plan = EvalPlan(index=index, view=view, batch_size=batch_size, rank=rank, world_size=world_size)
-    return EvalLoader(plan, BadFiles(index), *_backend(loader, device, workers, 2, {}))
+    return EvalLoader(plan, BadFiles(index), *_backend(_able(loader, view, device), device, workers, 2, {}))
+
+
+def _able(loader: str, view: TrainView | EvalView, device: torch.device | str) -> str:
+    """The loader, where "auto" leaves no choice: DALI has neither filter on a GPU."""
+    alone = view.interpolation in ("box", "hamming") and torch.device(device).type == "cuda"
+    return "torchvision" if loader == "auto" and alone else loader
 
 
 def _backend(loader, device, workers, prefetch, dali_kwargs, waiting=lambda: None) -> tuple[ModuleType, dict]:

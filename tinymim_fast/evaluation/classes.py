@@ -10,14 +10,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import timm
 from timm.models.vision_transformer import VisionTransformer
 
 from tinymim_fast.data import ImageIndex
 from tinymim_fast.data.errors import name_some
 from tinymim_fast.errors import InputError
-from tinymim_fast.models.architecture import check_name
-from tinymim_fast.models.checkpoints import load_encoder
+from tinymim_fast.models.classifier import load_classifier
 from tinymim_fast.models.model_info import ModelInfo
 
 logger = logging.getLogger("tinymim_fast")
@@ -65,32 +63,22 @@ def load_with_head(
     key: str | None = None,
     class_names: Sequence[str] | None = None,
 ) -> tuple[VisionTransformer, ModelInfo, Head]:
-    """`load_encoder` of a model whose classifier and final norm are in the file too, and what is known of its outputs.
+    """`load_classifier`, and what is known of the outputs.
 
     Args:
-        source: see `load_encoder`, as `model`, `model_kwargs` and `key`.
+        source: see `load_classifier`, as `model`, `model_kwargs` and `key`.
         class_names: instead of those that the file says.
 
     Raises:
-        InputError: see `load_encoder`; or no classifier (argument "metric"), or another number of names than outputs
-            (argument "class_map").
+        InputError: see `load_classifier`; or another number of names than outputs, argument "class_map".
     """
-    kwargs = dict(model_kwargs or {})
-    if source.startswith("timm:") and not source.startswith("timm:local-dir:"):
-        config = timm.get_pretrained_cfg(check_name(source.removeprefix("timm:"), "source"))
-        kwargs.setdefault("num_classes", config.num_classes if config else 0)
-    vit, info = load_encoder(source, model=model, model_kwargs=kwargs, key=key, classifier=True)
-    if not vit.num_classes:
-        raise InputError(
-            f"{source} has no classifier, so no accuracy of its own; take the metrics knn or linear, or fine-tune it "
-            "first",
-            argument="metric",
-        )
+    vit, info = load_classifier(source, model=model, model_kwargs=model_kwargs, key=key)
     if class_names is not None and len(class_names) != vit.num_classes:
         raise InputError(
             f"got {len(class_names)} names for {vit.num_classes} outputs, want one for each", argument="class_map"
         )
-    return vit, info, Head(vit.num_classes, None if class_names is None else tuple(class_names))
+    names = info.class_names if class_names is None else class_names
+    return vit, info, Head(vit.num_classes, None if names is None else tuple(names))
 
 
 def match_folder(index: ImageIndex, head: Head, *, argument: str = "data_path") -> ImageIndex:

@@ -127,7 +127,7 @@ def _make_part(part: _Part) -> None:
 
 
 def _cropped(image: Image.Image, view: EvalView) -> Image.Image:
-    image = F.resize(image, view.resize_size, interpolation=F.InterpolationMode.BICUBIC)
+    image = F.resize(image, view.resize_size, interpolation=F.InterpolationMode(view.interpolation))
     return F.center_crop(image, view.img_size)
 
 

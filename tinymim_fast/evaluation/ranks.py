@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from tinymim_fast.data.loader import LoaderName
 from tinymim_fast.errors import InputError
 
 Value = TypeVar("Value")
@@ -23,12 +24,14 @@ class Share:
         batch_size: images per forward pass of this process.
         workers: decoding threads or processes of this process.
         group: all that share the images, of a backend that sends CPU tensors; None for a process alone.
+        loader: see `build_eval_loader`.
     """
 
     device: torch.device
     batch_size: int = 64
     workers: int = 2
     group: dist.ProcessGroup | None = None
+    loader: LoaderName = "auto"
 
     @property
     def rank(self) -> int:
@@ -43,7 +46,7 @@ class Share:
     @property
     def loading(self) -> dict[str, Any]:
         """For `build_eval_loader`."""
-        names = ("batch_size", "workers", "device", "rank", "world_size")
+        names = ("batch_size", "workers", "loader", "device", "rank", "world_size")
         return {name: getattr(self, name) for name in names}
 
     def on_all(self, make: Callable[[], Value]) -> Value:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from timm.task.evaluator import ClassificationEvaluator
@@ -14,7 +14,13 @@ from tinymim_fast.evaluation.ranks import Share
 
 
 def top_accuracies(
-    model: nn.Module, index: ImageIndex, view: EvalView, share: Share, *, outputs: Sequence[int] | None = None
+    model: nn.Module,
+    index: ImageIndex,
+    view: EvalView,
+    share: Share,
+    *,
+    outputs: Sequence[int] | None = None,
+    stopping: Callable[[], bool] = lambda: False,
 ) -> dict[str, float]:
     """Images, right ones among them, and the shares of those, over all processes; counted by timm.
 
@@ -24,6 +30,7 @@ def top_accuracies(
         view: what is made of an image.
         share: this process's part.
         outputs: of the model's outputs, those that compete; None: all.
+        stopping: asked after each batch; where it says so, this process counts no further.
 
     Returns:
         `num_images`, `top1_correct` and `top5_correct`, counts; `top1` and `top5`, per cent; `loss`, the mean
@@ -37,6 +44,8 @@ def top_accuracies(
         evaluator = ClassificationEvaluator()
         for logits, labels, _ in logits_of(model, index, view, share, outputs=outputs):
             evaluator.update(logits, labels)
+            if stopping():
+                break
         return evaluator
 
     evaluator = share.on_all(count)

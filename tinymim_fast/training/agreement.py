@@ -61,13 +61,17 @@ class StepStart:
 
     def __init__(self, model: nn.Module, device: torch.device):
         self._buffers, self._device = list(model.buffers()), device
+        self._step: int | None = None
 
-    def keep(self) -> None:
-        """The step begins; no device is waited for."""
+    def keep(self, step: int) -> None:
+        """The step after `step` begins; no device is waited for."""
+        self._step = step
         self._kept = random_states(self._device), [buffer.clone() for buffer in self._buffers]
 
-    def restore(self) -> None:
-        """As if it had not begun."""
+    def restore(self, step: int) -> None:
+        """As if the step after `step` had not begun; nothing where it hasn't."""
+        if step != self._step:
+            return
         states, buffers = self._kept
         set_random_states(states, self._device)
         for buffer, kept in zip(self._buffers, buffers, strict=True):
