@@ -80,7 +80,7 @@ def test_a_file_that_says_nothing_is_assumed_to_be_imagenets_and_that_is_said(te
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
 def test_a_teacher_of_another_interpolation_is_said(interpolation, folder, image_folder, tmp_path, caplog):
     changes = {"teacher_model": None, "teacher_model_kwargs": "{}", "interpolation": interpolation}
-    build_teacher(parse(DistillConfig, distill_flags(image_folder, folder, tmp_path / "run", **changes), "p"))
+    load_teacher(parse(DistillConfig, distill_flags(image_folder, folder, tmp_path / "run", **changes), "p"))
     assert ("trained on images resized by bilinear, here by bicubic" in caplog.text) == (interpolation == "bicubic")
 
 
