@@ -32,7 +32,9 @@ from tinymim_fast.data import build_loader, find_images
 from tinymim_fast.distributed import World
 from tinymim_fast.kernels import relation_loss
 from tinymim_fast.models.precision import PRECISIONS, lower_precision
-from tinymim_fast.tasks.distill import DistillConfig, build_teacher
+from tinymim_fast.models.taps import Place, Taps
+from tinymim_fast.models.vit import default_target_block
+from tinymim_fast.tasks.distill import DistillConfig, load_teacher
 from tinymim_fast.training.task import train_view
 
 LARGEST_FP8 = 448.0
@@ -67,7 +69,9 @@ def emulate_fp8(model: nn.Module) -> None:
 
 def lowered(config: DistillConfig, precision: str, device: torch.device) -> tuple[nn.Module, torch.dtype, int]:
     """The teacher as a run has it, the dtype of its images, and the number of relation heads."""
-    teacher, _, heads, _ = build_teacher(config)
+    vit, _, _ = load_teacher(config)
+    block = config.target_block or default_target_block(len(vit.blocks))
+    teacher, heads = Taps(vit, [Place("qkv", block)]), config.relation_heads or vit.blocks[block - 1].attn.num_heads
     emulated = precision == "fp8" and device.type == "cpu"
     dtype = lower_precision(teacher, "bf16" if emulated else precision, device)
     if emulated:

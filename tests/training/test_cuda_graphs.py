@@ -137,6 +137,9 @@ def test_what_cant_be_captured_names_the_settings(monkeypatch):
     assert "with teacher_precision fp8, attention flash: operation not permitted" in message
     with pytest.raises(InputError, match="this kind of training has no frozen model"):
         capture_frozen(True, None, cuda, (2, 3, 32, 32))
+    drawing = Frozen(nn.Identity(), torch.bfloat16, {}, "teacher_drop_path draws")
+    with pytest.raises(InputError, match="but teacher_drop_path draws anew at each call; want false"):
+        capture_frozen(True, drawing, cuda, (2, 3, 32, 32))
     for choice in ("auto", False):
         capture_frozen(choice, frozen, cuda, (2, 3, 32, 32))
 
