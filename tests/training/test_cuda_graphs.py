@@ -95,8 +95,8 @@ def test_a_run_with_a_captured_teacher_learns_the_same(world, image_folder, teac
     """Two micro-batches a step: the second one's teacher writes over what the first one's student has read."""
     replays = []
 
-    def build_task(config, world, checkpoint):
-        task = distill.build_task(config, world, checkpoint)
+    def build_task(config, *args):
+        task = distill.build_task(config, *args)
         if config.output_dir.endswith("graphed"):
             graphed = Graphed(task.frozen.module.forward, torch.zeros(8, 3, 32, 32, dtype=task.frozen.dtype))
             task.frozen.module.forward = lambda images: replays.append(images.shape) or graphed(images)
