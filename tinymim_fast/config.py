@@ -8,6 +8,7 @@ their modules import for type checkers.
 
 import json
 import math
+import os
 import re
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
@@ -209,7 +210,14 @@ class RunConfig:
         self._check("ratio", 0 < low <= high, "two aspect ratios, 0 < low <= high")
         self._check("max_bad_files", 0 <= self.max_bad_files <= 1, "a share of the images")
         self._check("hflip", 0 <= self.hflip <= 1, "a probability")
-        self._check("std", min(self.std) > 0, "three numbers above 0")
+        for name in ("mean", "teacher_mean"):
+            values = getattr(self, name, None)
+            of_1 = values is None or all(0 <= v <= 1 for v in values)
+            self._check(name, of_1, "three numbers from 0 to 1, those of 255 divided by 255")
+        for name in ("std", "teacher_std"):
+            values = getattr(self, name, None)
+            of_1 = values is None or all(0 < v <= 1 for v in values)
+            self._check(name, of_1, "three numbers above 0, at most 1, those of 255 divided by 255")
         self._check("opt_betas", all(0 <= b < 1 for b in self.opt_betas), "two numbers in [0, 1)")
         self._check("warmup_epochs", self.warmup_epochs <= self.epochs, f"at most epochs, {self.epochs}")
 
@@ -256,7 +264,8 @@ Config = TypeVar("Config", bound=RunConfig)
 def parse(kind: type[Config], argv: Sequence[str], prog: str) -> Config:
     """Configuration from `--config FILE` and flags, the flags winning.
 
-    `FILE` is a path or the name of a packaged recipe. Flags may be spelled with dashes or underscores.
+    `FILE` is a path or the name of a packaged recipe; of several the later ones win. A recipe whose first line is
+    `config: OTHER.yaml` says what differs from that file beside it. Flags may be spelled with dashes or underscores.
 
     Raises:
         InputError: an unknown key or flag, a missing one, a wrong type or an impossible value; the message names it.
@@ -294,8 +303,42 @@ def _normalise(argv: Sequence[str], names: Sequence[str]) -> list[str]:
             if name and not Path(name).is_file():
                 name = find_recipe(name, RECIPES)
                 args[at] = f"--config={name}" if value else str(name)
-            check_keys(read_mapping(name) if name else {}, names, name)
+            if name:
+                check_recipe(Path(name), names)
     return args
+
+
+def check_recipe(path: Path, names: Sequence[str], including: tuple[Path, ...] = ()) -> None:
+    """Refuse a recipe that can't be one, and the recipes that it begins with.
+
+    Args:
+        path: of a YAML file.
+        names: known keys.
+        including: files that begin with it.
+
+    Raises:
+        InputError: unreadable, an unknown key, or a `config` that is no file, not the first key, or leads back;
+            argument "path".
+    """
+    keys = read_mapping(path)
+    check_keys(keys, ["config", *names], path)
+    if "config" not in keys:
+        return
+    if next(iter(keys)) != "config":
+        raise InputError(
+            f"{path}: config stands behind other keys, which it would override; make it the first line",
+            argument="path",
+        )
+    base = path.parent / str(keys["config"])
+    if base.resolve() in (path.resolve(), *including):
+        raise InputError(f"{path}: config is {keys['config']}, which leads back to this file", argument="path")
+    if not base.is_file():
+        raise InputError(
+            f"{path}: config is {keys['config']}, want a YAML file, its path seen from this one; a packaged "
+            f"recipe goes before it on the command line: --config tinymim_base --config {path}",
+            argument="path",
+        )
+    check_recipe(base, names, (*including, path.resolve()))
 
 
 def find_recipe(name: str, folder: Path) -> Path:
@@ -331,7 +374,9 @@ def check_keys(keys: Iterable[str], names: Sequence[str], of: object) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """jsonargparse's Namespace and lists to dict and tuple."""
+    """jsonargparse's Namespace and lists to dict and tuple; "~/x" to the home folder's, as a shell does on its line."""
+    if isinstance(value, str) and value.startswith("~"):
+        return os.path.expanduser(value)
     if hasattr(value, "as_dict"):
         return value.as_dict()
     return tuple(value) if isinstance(value, list) else value

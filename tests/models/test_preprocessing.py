@@ -80,7 +80,7 @@ def test_a_file_that_says_nothing_is_assumed_to_be_imagenets_and_that_is_said(te
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
 def test_a_teacher_of_another_interpolation_is_said(interpolation, folder, image_folder, tmp_path, caplog):
     changes = {"teacher_model": None, "teacher_model_kwargs": "{}", "interpolation": interpolation}
-    build_teacher(parse(DistillConfig, distill_flags(image_folder, folder, tmp_path / "run", **changes), "p"))
+    load_teacher(parse(DistillConfig, distill_flags(image_folder, folder, tmp_path / "run", **changes), "p"))
     assert ("trained on images resized by bilinear, here by bicubic" in caplog.text) == (interpolation == "bicubic")
 
 
@@ -118,6 +118,12 @@ def test_crops():
 def test_values_that_cant_be(wrong):
     with pytest.raises(InputError, match=f"source: m: says {next(iter(wrong))} .*, which can't be"):
         Preprocessing.from_config({"mean": [0.5] * 3, "std": [0.5] * 3, **wrong}, "m")
+
+
+def test_values_of_255_are_divided(caplog):
+    said = {"mean": [123.675, 116.28, 103.53], "std": [58.395, 57.12, 57.375]}
+    assert not Preprocessing.from_config(said, "m").differences((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    assert "m: its mean and std are of 255: divided by 255" in caplog.text
 
 
 def test_what_says_nothing_is_none():
