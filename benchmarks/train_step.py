@@ -3,7 +3,7 @@
 python benchmarks/train_step.py                                  # the recipes on a GPU, the small pairs on a CPU
 python benchmarks/train_step.py --pairs B-S --precisions bf16 --batch-sizes 512 --output train_step.csv
 python benchmarks/train_step.py --sweep zero batch data          # ZeRO stages, batch sizes, images from the loader
-python benchmarks/train_step.py --sweep students                 # two students of one teacher pass, and one after the other
+python benchmarks/train_step.py --sweep students                 # two students of one teacher pass, or one by one
 python benchmarks/train_step.py --sweep settings                 # compile, attention, teacher's precision, CUDA graph
 
 Providers (step_loops.py) take turns, on three batches in rotation: "official_loop", as the paper's; "plain", a
