@@ -68,7 +68,7 @@ def argv(image_folder, teacher_file, tmp_path):
             {"student_model_kwargs": {**TINY, "embed_dim": 40, "num_heads": 4}},
             "stage second: relation_heads: got 3, want a number that divides the student's width 40",
         ),
-        ({"student_model_kwargs": {**TINY, "patch_size": 16}}, "stage second: student_model_kwargs: the student has 5"),
+        ({"student_model_kwargs": {**TINY, "img_size": 64}}, "stage second: student_model_kwargs: the student has 65"),
         ({"target_block": 4}, "stage second: target_block: got 4, want 1 to 3, the number of the teacher's blocks"),
         (
             {"teacher_model": "vit_base_patch16_224"},

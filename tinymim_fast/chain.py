@@ -172,7 +172,9 @@ def check_fit(stages: Sequence[Stage], num_finished: int) -> None:
                 layout = info.head_layout
             else:  # what it learnt from need not be there any more
                 with torch.device("meta"):
-                    vit = create_vit(config.student_model, img_size=config.img_size, **config.student_model_kwargs)
+                    vit = create_vit(
+                        config.student_model, **{**config.student_model_kwargs, "img_size": config.img_size}
+                    )
                 heads = config.relation_heads or describe(stage.folder).head_layout.get("relation_heads")
                 before = stage, {**head_layout(vit), "relation_heads": heads}
                 continue
@@ -196,8 +198,8 @@ def of_stage(before: Stage, layout: Mapping[str, Any], config: DistillConfig) ->
             argument="teacher_model",
         )
     with flags(model="teacher_model", model_kwargs="teacher_model_kwargs"):
-        kwargs = {**own.student_model_kwargs, **config.teacher_model_kwargs}
-        vit = create_vit(own.student_model, img_size=config.img_size, **kwargs)
+        kwargs = {**own.student_model_kwargs, **config.teacher_model_kwargs, "img_size": config.img_size}
+        vit = create_vit(own.student_model, **kwargs)
         check_heads(vit, layout["num_heads"], f"stage {before.name}")
     return vit
 

@@ -136,7 +136,7 @@ def names_in(source: str, given: Mapping[str, Any]) -> list[str | None]:
 
     if given.get("key") is None and not source.startswith("timm:"):
         info = describe(Path(source))
-        if info is not None and getattr(info, "students", None):
+        if info is not None and info.students:
             return list(info.students)
     return [given.get("key")]
 

@@ -14,13 +14,15 @@ from timm.layers import trunc_normal_
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from timm.optim import param_groups_layer_decay
+from timm.task import DistillationTeacher
 from torch import nn
 
 from tinymim_fast.errors import InputError, flags
 from tinymim_fast.models.architecture import check_name
-from tinymim_fast.models.checkpoints import WEIGHTS, load_encoder, load_state, read_weights, restore
+from tinymim_fast.models.checkpoints import WEIGHTS, find_weights, load_encoder, load_state, read_weights, restore
 from tinymim_fast.models.model_info import ModelInfo
 from tinymim_fast.models.vit import create_vit, head_layout, init_mae_style, set_num_heads
+from tinymim_fast.models.weights_file import check_finite, read_file
 
 logger = logging.getLogger("tinymim_fast")
 HEADS = ("head.", "head_dist.")
@@ -156,6 +158,51 @@ def load_classifier(
             argument="metric",
         )
     return vit, info
+
+
+def load_teacher(source: str, class_names: Sequence[str], *, model: str | None = None) -> DistillationTeacher:
+    """A frozen classifier to learn from, fp32 on the CPU: timm's wrapper of it, which knows its mean and deviation.
+
+    Args:
+        source: `timm:NAME`, any model of timm's with its own weights; else see `load_classifier`, or with `model` a
+            file of that model's weights.
+        class_names: of the student; a teacher that says its own must say the same in the same order.
+        model: timm name of the teacher.
+
+    Raises:
+        InputError: no such weights, or other classes; argument "source", "model" or "metric".
+    """
+    told = None
+    if source.startswith("timm:") and not source.startswith("timm:local-dir:"):
+        try:
+            teacher = timm.create_model(check_name(source.removeprefix("timm:"), "source"), pretrained=True)
+        except (OSError, RuntimeError) as error:
+            raise InputError(
+                f"{source}: its weights can't be fetched ({error}); give a local file", argument="source"
+            ) from error
+    elif model is None:
+        teacher, info = load_classifier(source)
+        told, made = info.class_names, info.expects
+        if made is not None:
+            teacher.pretrained_cfg = {**teacher.pretrained_cfg, "mean": made.mean, "std": made.std}
+    else:
+        path = find_weights(Path(source))
+        state = read_file(path).tensors
+        teacher = timm.create_model(check_name(model), num_classes=len(class_names))
+        try:
+            teacher.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()})
+        except RuntimeError as error:
+            raise InputError(
+                f"{path}: not a {model}: {str(error).splitlines()[-1].strip()}", argument="source"
+            ) from error
+        check_finite(state, path)
+    if teacher.num_classes != len(class_names) or (told is not None and told != list(class_names)):
+        raise InputError(
+            f"{source}: has {teacher.num_classes} classes, and the images have {len(class_names)}, or others; take a "
+            "teacher of the same classes in the same order",
+            argument="source",
+        )
+    return DistillationTeacher(teacher).eval().requires_grad_(False)
 
 
 class Classification(nn.Module):

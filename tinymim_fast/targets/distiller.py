@@ -33,7 +33,12 @@ Item = TypeVar("Item")
 
 
 def build_target(
-    settings: TargetSettings, student: VisionTransformer, teacher: VisionTransformer, *, backend: str
+    settings: TargetSettings,
+    student: VisionTransformer,
+    teacher: VisionTransformer,
+    *,
+    backend: str,
+    tokens: str = "all",
 ) -> Target:
     """The target that settings mean, its trained weights from torch's random numbers.
 
@@ -41,15 +46,16 @@ def build_target(
         settings: blocks and heads filled in.
         student, teacher: their shapes are read.
         backend: of relation losses.
+        tokens: which relations and features are of, see `tokens_to_cut`.
 
     Raises:
         InputError: models that it doesn't fit; the argument is a key of the settings, or "model_kwargs".
     """
     match settings:
         case Relations():
-            return RelationTarget(settings, student, teacher, backend)
+            return RelationTarget(settings, student, teacher, backend, tokens)
         case Features():
-            return FeatureTarget(settings, student, teacher)
+            return FeatureTarget(settings, student, teacher, tokens)
         case Local():
             return LocalTarget(settings, student, teacher, backend)
         case ClassToken():
@@ -137,8 +143,8 @@ class Distiller(nn.Module):
         losses, weighted = {}, []
         with record_function("loss"):
             for target in self.targets.values():
-                tensors_s = tuple(of_student[place] for place in target.places_s)
-                tensors_t = tuple(of_teacher[place] for place in target.places_t)
+                tensors_s = tuple(_behind(of_student[place], target.cut[0]) for place in target.places_s)
+                tensors_t = tuple(_behind(of_teacher[place], target.cut[1]) for place in target.places_t)
                 if isinstance(target, PixelTarget):
                     found = target(tensors_s, images, shuffle)
                 else:
@@ -187,6 +193,11 @@ class JointDistiller(nn.Module):
 def distinct(items: Iterable[Item]) -> tuple[Item, ...]:
     """Each once, in the order of their first appearance."""
     return tuple(dict.fromkeys(items))
+
+
+def _behind(tokens: torch.Tensor, cut: int) -> torch.Tensor:
+    """(B, N, C) without the first `cut` tokens."""
+    return tokens[:, cut:] if cut else tokens
 
 
 def _names(target: Target) -> dict[str, str]:

@@ -9,7 +9,7 @@ from torch import nn
 
 from tinymim_fast.models.taps import Place
 from tinymim_fast.targets.settings import Features
-from tinymim_fast.targets.target import Target, check_tokens, linear, pairs_at
+from tinymim_fast.targets.target import Target, linear, pairs_at, tokens_to_cut
 
 PLACES = {"block_output": "output", "q": "qkv", "k": "qkv", "v": "qkv"}  # of settings.FEATURE_PLACES, in taps
 
@@ -23,6 +23,7 @@ class FeatureTarget(Target):
     Args:
         settings: with blocks.
         student, teacher: their shapes are read.
+        tokens: which are compared, see `tokens_to_cut`.
 
     Raises:
         InputError: another number of tokens, or no final norm.
@@ -30,14 +31,14 @@ class FeatureTarget(Target):
     Source: TinyMIM, arXiv 2301.01296, appendix; the target's normalisation is data2vec's (arXiv 2202.03555).
     """
 
-    def __init__(self, settings: Features, student: VisionTransformer, teacher: VisionTransformer):
+    def __init__(self, settings: Features, student: VisionTransformer, teacher: VisionTransformer, tokens: str = "all"):
         at = PLACES.get(settings.place, settings.place)
         pairs = pairs_at(at, settings, student, teacher)
         places_s, places_t = (
             [Place(at, block, settings.after_residual) for block in blocks] for blocks in zip(*pairs, strict=True)
         )
         super().__init__(settings, places_s, places_t)
-        check_tokens(student, teacher)
+        self.cut = tokens_to_cut(student, teacher, tokens)
         self.beta = settings.beta
         # which thirds of the packed projection; None: the feature is whole
         self.thirds = ["qkv".index(letter) for letter in settings.place] if at == "qkv" else [None]

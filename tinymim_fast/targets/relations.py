@@ -14,7 +14,7 @@ from tinymim_fast.kernels.reference import projections
 from tinymim_fast.models.taps import Place
 from tinymim_fast.targets.gram import relation_mse
 from tinymim_fast.targets.settings import Relations
-from tinymim_fast.targets.target import Target, block_pairs, check_tokens, mean_of
+from tinymim_fast.targets.target import Target, block_pairs, mean_of, tokens_to_cut
 
 
 class RelationTarget(Target):
@@ -27,12 +27,20 @@ class RelationTarget(Target):
         settings: with blocks and heads.
         student, teacher: their shapes are read.
         backend: of the loss with softmax.
+        tokens: which are related, see `tokens_to_cut`.
 
     Raises:
         InputError: heads that don't divide a width, or another number of tokens.
     """
 
-    def __init__(self, settings: Relations, student: VisionTransformer, teacher: VisionTransformer, backend: str):
+    def __init__(
+        self,
+        settings: Relations,
+        student: VisionTransformer,
+        teacher: VisionTransformer,
+        backend: str,
+        tokens: str = "all",
+    ):
         pairs = block_pairs(settings)
         places_s, places_t = ([Place("qkv", block) for block in blocks] for blocks in zip(*pairs, strict=True))
         super().__init__(settings, places_s, places_t)
@@ -48,7 +56,8 @@ class RelationTarget(Target):
                         f"student {width_s}, teacher {width_t})",
                         argument="heads",
                     )
-        check_tokens(student, teacher)
+        self.cut = tokens_to_cut(student, teacher, tokens)
+        self.settings, self.backend = settings, backend
         self.loss = relation_losses(settings.heads, settings.weight_of, softmax=settings.softmax, backend=backend)
         self.parts = settings.names if settings.name is None or len(settings.names) > 1 else ()
 

@@ -30,6 +30,7 @@ RESERVED = (
     "num_skipped",
     "skipped_steps",
     "spikes",
+    "head_kl",
 )
 MAX_BLOCKS = 1000
 

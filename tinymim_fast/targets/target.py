@@ -25,8 +25,12 @@ class Target(nn.Module):
         settings: what the recipe says, blocks and heads filled in.
         places_s: of the student.
         places_t: of the teacher.
+
+    Attributes:
+        cut: how many tokens before the patches it leaves out, of the student and of the teacher.
     """
 
+    cut: tuple[int, int] = (0, 0)
     parts: tuple[str, ...] = ()
 
     def __init__(self, settings: TargetSettings, places_s: Sequence[Place], places_t: Sequence[Place]):
@@ -68,6 +72,26 @@ def pairs_at(
     return [(None, None)]
 
 
+def tokens_to_cut(student: VisionTransformer, teacher: VisionTransformer, tokens: str) -> tuple[int, int]:
+    """How many tokens before the patches can't be compared, of student and teacher.
+
+    Args:
+        student, teacher: their shapes are read.
+        tokens: "all" compares all, "patches" the patches alone, "auto" all where both models have the same class and
+            register tokens, else the patches.
+
+    Raises:
+        InputError: another number of tokens, or of patches; argument "model_kwargs".
+    """
+    prefixes = student.num_prefix_tokens, teacher.num_prefix_tokens
+    alike = prefixes[0] == prefixes[1] and student.has_class_token == teacher.has_class_token
+    if tokens == "patches" or (tokens == "auto" and not alike):
+        check_patches(student, teacher)
+        return prefixes
+    check_tokens(student, teacher)
+    return 0, 0
+
+
 def check_tokens(student: VisionTransformer, teacher: VisionTransformer) -> None:
     """Refuse models whose tokens don't correspond.
 
@@ -80,7 +104,8 @@ def check_tokens(student: VisionTransformer, teacher: VisionTransformer) -> None
     if tokens_s != tokens_t:
         raise InputError(
             f"the student has {tokens_s} tokens, {prefix_s} of them before the patches, the teacher {tokens_t} and "
-            f"{prefix_t}; relations need the same: match patch_size, class_token and reg_tokens",
+            f"{prefix_t}; relations need the same: match patch_size, class_token and reg_tokens, or let tokens be "
+            "patches",
             argument="model_kwargs",
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 from tinymim_fast.config import to_dict
-from tinymim_fast.errors import flags
+from tinymim_fast.errors import InputError, flags
 from tinymim_fast.models.checkpoints import restore
 from tinymim_fast.models.masking import num_visible
 from tinymim_fast.models.model_info import ModelInfo
@@ -33,6 +34,7 @@ from tinymim_fast.training.task import saved_buffers, without_prefix
 if TYPE_CHECKING:
     from tinymim_fast.tasks.distill import DistillConfig
 
+logger = logging.getLogger("tinymim_fast")
 PREFIX = "student.model."  # of a student's weights in its `Distiller`
 
 
@@ -149,6 +151,36 @@ def build_students(
     ]
 
 
+def fitting_size(student: StudentConfig, img_size: int, teacher: VisionTransformer) -> int:
+    """Side of a student's images, pixels, at which it has as many patches as the teacher.
+
+    That is `img_size` where their patches have one size, and what the recipe says in model_kwargs where it says one.
+
+    Args:
+        student: what the recipe says.
+        img_size: of the teacher's images.
+        teacher: as built for them.
+
+    Raises:
+        InputError: no such model, argument "model", or "model_kwargs".
+    """
+    if "img_size" in student.model_kwargs:
+        size = student.model_kwargs["img_size"]
+        if type(size) is not int:
+            raise InputError(f"got img_size {size}, want one number", argument="model_kwargs")
+        return size
+    with torch.device("meta"):
+        rows, _ = create_vit(student.model, **{**student.model_kwargs, "img_size": img_size}).patch_embed.grid_size
+    rows_t, _ = teacher.patch_embed.grid_size
+    if rows == rows_t or not rows:
+        return img_size
+    size = img_size // rows * rows_t
+    logger.info(
+        "%s gets images of %d pixels: as many patches as the teacher, %d x %d", student.model, size, rows_t, rows_t
+    )
+    return size
+
+
 def _build_student(
     config: DistillConfig,
     where: str,
@@ -158,11 +190,12 @@ def _build_student(
     visible: int | None,
     checkpoint: Path | None,
 ) -> BuiltStudent:
-    torch.manual_seed(config.seed)
     saved = {}
     names = {key: f"{where}{key}" for key in FLAGS} if where else FLAGS
     with flags(**names, source="output_dir"):
-        vit = create_vit(student.model, **{"img_size": config.img_size, **student.model_kwargs})
+        kwargs = {**student.model_kwargs, "img_size": fitting_size(student, config.img_size, teacher)}
+        torch.manual_seed(config.seed)
+        vit = create_vit(student.model, **kwargs)
         init_mae_style(vit, pos_embed=student.pos_embed)
         set_constant_drop_path(vit, student.drop_path)
         keep_batch_norm_fp32(vit)
@@ -176,7 +209,15 @@ def _build_student(
     targets = []
     for number, settings in enumerate(completed):
         with flags(**_keys(settings, where, number)):
-            targets.append(build_target(settings, vit, teacher, backend=config.loss_backend))
+            target = build_target(settings, vit, teacher, backend=config.loss_backend, tokens=config.tokens)
+        targets.append(target)
+    if config.tokens == "auto" and any(max(target.cut) for target in targets):
+        logger.info(
+            "%s and the teacher have other tokens before their patches, %d and %d: the patches alone are compared",
+            student.model,
+            vit.num_prefix_tokens,
+            teacher.num_prefix_tokens,
+        )
     with flags(name=f"{where}targets"):
         distiller = Distiller(vit, targets, num_visible=visible)
     if checkpoint is not None:
@@ -189,7 +230,7 @@ def _build_student(
         own |= {"relation_heads": relations.heads, "teacher_block": _first(relations.teacher_block)}
     info = {
         "architecture": student.model,
-        "model_kwargs": {**student.model_kwargs, "img_size": config.img_size},
+        "model_kwargs": kwargs,
         "head_layout": own,
     }
     return BuiltStudent(student.name, distiller, initial, info, student.lr_scale)
@@ -206,3 +247,18 @@ def info_of(config: DistillConfig, students: list[BuiltStudent], view: Preproces
     by_name = {built.name: built.info for built in students if built.name is not None}
     more = {"recipe": to_dict(config), "teacher_preprocessing": asdict(view), "students": by_name}
     return ModelInfo(kind="tinymim", **more, **students[0].info)
+
+
+def one_size(students: list[BuiltStudent]) -> int:
+    """Side of all students' images, pixels.
+
+    Raises:
+        InputError: they want different ones; argument "students".
+    """
+    sizes = {str(built.name): built.info["model_kwargs"]["img_size"] for built in students}
+    if len(set(sizes.values())) > 1:
+        said = ", ".join(f"{name} {size}" for name, size in sizes.items())
+        raise InputError(
+            f"want images of one size, and these are in pixels: {said}; match patch_size", argument="students"
+        )
+    return students[0].info["model_kwargs"]["img_size"]

@@ -52,13 +52,21 @@ class DistillConfig(RunConfig):
             teacher_block: 18, heads: 16, weight: 1.0}`; docs/targets.md has all of them.
         students: several students of one teacher pass: mappings such as `{name: small, model: vit_small_patch16_224,
             lr_scale: 1.0}`, see docs/targets.md; what one doesn't say, the flags say.
+        tokens: which of them relations and features are of: "all", "patches", or "auto": all where teacher and student
+            have the same class and register tokens, else the patches.
         mask_ratio: share of the patches that students do not see.
         teacher_drop_path: the teacher's, the same in every block before its last.
         color_jitter: strength of brightness, contrast and saturation jitter of the student's view.
         loss_backend: "auto", "triton", "chunked" or "reference".
+        monitor_interval: optimizer steps between two looks at each relation head's divergence from the teacher's,
+            `head_kl` in the metrics; 0: none. A look costs the relation loss once more, forward only.
     """
 
-    FREE_ON_RESUME: ClassVar[frozenset[str]] = RunConfig.FREE_ON_RESUME | {"loss_backend", "teacher_checkpoint"}
+    FREE_ON_RESUME: ClassVar[frozenset[str]] = RunConfig.FREE_ON_RESUME | {
+        "loss_backend",
+        "monitor_interval",
+        "teacher_checkpoint",
+    }
 
     teacher_checkpoint: str
     student_model: str = "vit_base_patch16_224"
@@ -77,10 +85,12 @@ class DistillConfig(RunConfig):
     drop_path: float = 0.1
     targets: tuple[dict[str, Any], ...] | None = None
     students: tuple[dict[str, Any], ...] | None = None
+    tokens: Literal["auto", "all", "patches"] = "auto"
     mask_ratio: float = 0.0
     teacher_drop_path: float = 0.0
     color_jitter: float = 0.4
     loss_backend: Literal["auto", "triton", "chunked", "reference"] = "auto"
+    monitor_interval: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -97,6 +107,7 @@ class DistillConfig(RunConfig):
         self._check("drop_path", 0 <= self.drop_path < 1, "a probability below 1")
         self._check("mask_ratio", 0 <= self.mask_ratio < 1, "a share below 1")
         self._check("teacher_drop_path", 0 <= self.teacher_drop_path < 1, "a probability below 1")
+        self._check("monitor_interval", self.monitor_interval >= 0, "0 or more")
         self._check("color_jitter", 0 <= self.color_jitter <= 1, "0 to 1")
         for where, student in self.each_student:
             targets_of(student, where, self.mask_ratio)
@@ -222,7 +233,8 @@ def build_task(
     from tinymim_fast.models.vit import whole_blocks
     from tinymim_fast.random_streams import RandomStreams
     from tinymim_fast.targets.distiller import JointDistiller, distinct
-    from tinymim_fast.tasks.build_students import build_students, info_of
+    from tinymim_fast.targets.monitor import HeadMonitor
+    from tinymim_fast.tasks.build_students import build_students, info_of, one_size
     from tinymim_fast.training.task import Frozen, Task, train_view
 
     with flags(source="output_dir"):
@@ -276,17 +288,27 @@ def build_task(
     def weights(trained: "dict[str, torch.Tensor]") -> "dict[str, torch.Tensor]":
         return {name: tensor for built in students for name, tensor in built.weights(trained).items()}
 
+    watch = {}
+    if config.monitor_interval:
+        with flags(interval="monitor_interval"):
+            watch["watch"] = HeadMonitor(model, config.monitor_interval).around
     return Task(
         model=model,
         prepare=prepare,
         parts=model.parts,
         view=train_view(
-            config, world, color_jitter=config.color_jitter, teacher_mean=view_t.mean, teacher_std=view_t.std
+            config,
+            world,
+            color_jitter=config.color_jitter,
+            teacher_mean=view_t.mean,
+            teacher_std=view_t.std,
+            student_img_size=one_size(students),
         ),
         weights=weights,
         info=info_of(config, students, view_t),
         lr_scale={name: built.lr_scale for built in students for name in built.scaled_names()},
         streams=streams,
+        **watch,
         kept={"teacher_checkpoint": which_teacher(config)},
         frozen=None if config.teacher_drop_path else Frozen(teacher, dtype_t, settings),
         regions=(*whole_blocks(model), *(whole_blocks(teacher) if precision != "int8" else ())),

@@ -224,8 +224,8 @@ def train(
             while step < total_steps:
                 lr = engine.lr
                 step_start.keep(step)
-                # queued: the host runs ahead of the device
-                losses = train_step(micro_batches, agreement.start, agreement.may_update)
+                with task.watch(step + 1) as watched:  # all queued: the host runs ahead of the device
+                    losses = train_step(micro_batches, agreement.start, agreement.may_update)
                 stop.now(TRAINING)
                 if agreement.is_undone:  # a rank waits for images in vain: all are where the step before left them
                     step_start.restore(step)
@@ -240,7 +240,7 @@ def train(
                         f"stopped by {reason_of(agreement.request - STOP)} while data was waited for ({ranks}) at step "
                         f"{step}, saved; the same command continues"
                     )
-                progress.add(losses, lr)
+                progress.add(losses, lr, watched)
                 step += 1
                 if ema is not None and engine.step_applied:
                     ema.update(step)

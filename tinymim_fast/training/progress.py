@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,6 +20,9 @@ from tinymim_fast.training.task import Views
 
 SPIKE = 3.0  # times the average of the loss is a spike
 SPIKE_AFTER = 20  # steps, which it takes to have an average
+
+
+Watched = Mapping[str, torch.Tensor]
 
 
 class Progress:
@@ -54,6 +57,8 @@ class Progress:
         self.step = start_step
         self._losses: list[torch.Tensor] = []  # on the device, one (parts,) a step, not looked at yet
         self._seen: list[torch.Tensor] = []  # on the host, (steps, parts), not reported yet
+        self._watched: list[Watched] = []  # on the device, of the steps that had any, not looked at yet
+        self._head_kl: dict[str, list[torch.Tensor]] = {}  # on the host, (heads,) each, not reported yet
         self._lr = 0.0
         self.num_skipped = num_skipped
         self._skipped: list[int] = []  # since the last record
@@ -78,9 +83,17 @@ class Progress:
             self._waited += time.perf_counter() - asked
             yield views
 
-    def add(self, losses: torch.Tensor, lr: float) -> None:
-        """One optimizer step was queued: its losses, (parts,) on the device, and its learning rate."""
+    def add(self, losses: torch.Tensor, lr: float, watched: Watched | None = None) -> None:
+        """One optimizer step was queued.
+
+        Args:
+            losses: (parts,) on the device.
+            lr: its learning rate.
+            watched: each head's divergence by name, (heads,) on the device; the same names on all ranks.
+        """
         self._losses.append(losses)
+        if watched:
+            self._watched.append(watched)
         self._lr = lr
         self.step += 1
 
@@ -99,7 +112,8 @@ class Progress:
             return
         num_steps = len(self._losses)
         mine = torch.stack(self._losses).float().cpu()
-        losses, found = zip(*self.world.gather((mine, self.bad_files.reasons)))
+        watched = [{name: heads.cpu() for name, heads in seen.items()} for seen in self._watched]
+        losses, found, heads_of_ranks = zip(*self.world.gather((mine, self.bad_files.reasons, watched)))
         for reasons in found:
             self.bad_files.update(reasons)
         everyone = torch.stack(losses)  # (ranks, steps, parts)
@@ -115,6 +129,11 @@ class Progress:
             self._watch_for_spikes(first + i, float(mean[i, 0]))
         self._seen.append(mean[counts])
         self._losses.clear()
+        for of_step in zip(*heads_of_ranks):
+            for name in of_step[0]:
+                of_ranks = torch.stack([heads[name] for heads in of_step])
+                self._head_kl.setdefault(name, []).append(of_ranks.mean(0))
+        self._watched.clear()
 
     def _watch_for_spikes(self, step: int, loss: float) -> None:
         if self._num_averaged >= SPIKE_AFTER and loss > SPIKE * self._average:
@@ -143,6 +162,9 @@ class Progress:
             record |= {"num_skipped": self.num_skipped, "skipped_steps": list(self._skipped)}
         if self._spikes:
             record["spikes"] = dict(self._spikes)
+        if self._head_kl:
+            record["head_kl"] = {name: torch.stack(heads).mean(0).tolist() for name, heads in self._head_kl.items()}
+        self._head_kl.clear()
         self._seen.clear()
         self._skipped.clear()
         self._spikes.clear()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,6 +50,10 @@ class Frozen:
     settings: dict[str, Any]
 
 
+def _watch_nothing(step: int) -> AbstractContextManager[Mapping[str, torch.Tensor]]:
+    return nullcontext({})
+
+
 @dataclass(frozen=True)
 class Task:
     """One kind of training, ready to run: see tasks/.
@@ -65,6 +70,8 @@ class Task:
         frozen: the model that `prepare` calls, where there is one.
         lr_scale: factors on the learning rate by name in `model`, as timm's `lr_scale`; 1 for those not named.
         streams: random numbers beside PyTorch's own, which a continued run goes on with.
+        watch: around optimizer step number n, from 1, in a with block; what it gives has at its end, where the step is
+            one to look at, each relation head's divergence by name, (heads,) on the device.
         augment: what is done to the views of a micro-batch before, a pure function of them and of its number in the
             run; None for nothing.
         no_weight_decay: names in `model` of what is not decayed, beside 1-D parameters.
@@ -86,6 +93,7 @@ class Task:
     frozen: Frozen | None = None
     lr_scale: Mapping[str, float] = field(default_factory=dict)
     streams: RandomStreams | None = None
+    watch: Callable[[int], AbstractContextManager[Mapping[str, torch.Tensor]]] = _watch_nothing
     augment: Callable[[Views, int], Views] | None = None
     no_weight_decay: Container[str] = ()
     trained: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]] | None = None
