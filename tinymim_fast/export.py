@@ -144,8 +144,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"timm.create_model('local-dir:{args.out}', pretrained=True)")
     if not plain:
         print(
-            "Its blocks have different numbers of heads, or a layer stands before its classifier, which plain timm can't "
-            "have: `import tinymim_fast.models` first. With one number of heads these weights give other features."
+            "Its blocks have different numbers of heads, or a layer stands before its classifier, which plain timm "
+            "can't have: `import tinymim_fast.models` first. With one number of heads its features are others."
         )
     return 0
 
