@@ -17,7 +17,7 @@ from tinymim_fast.training.metrics import read_metrics
     "code 2, one line that names process and host; the first trains on; it may start when the first was killed",
 )
 def test_a_second_run_is_refused_while_the_first_lives(image_folder, teacher_file, tmp_path):
-    flags = distill_flags(image_folder, teacher_file, tmp_path / "run", epochs=300, checkpoint_interval=5)
+    flags = distill_flags(image_folder, teacher_file, tmp_path / "run", epochs=3000, checkpoint_interval=5)
     first = start_forked("train", *flags)
     try:
         first.wait_for("step 6/")
@@ -29,7 +29,7 @@ def test_a_second_run_is_refused_while_the_first_lives(image_folder, teacher_fil
         assert steps == list(range(1, len(steps) + 1))
         assert first.poll() is None
         first.kill()
-        first.communicate(60)
+        first.communicate(180)
         stopped_at = last_step(tmp_path / "run")
         second = start_forked("train", *flags)
         try:
