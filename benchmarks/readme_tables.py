@@ -120,8 +120,13 @@ def performance(results: Path) -> str:
     # Rows without a precision are of a look-alike of the step that the loop no longer runs.
     steps = newest((row for row in rows if "precision" in row), "train_step", sweep="pairs")
     loading = newest(rows, "data_loading", sweep="views")
+    inference = newest(rows, "throughput", sweep="runtimes")
     sections = {device: [(loss_section, of_device)] for device, of_device in losses.items()}
-    for section, by_device in ((step_section, steps), (loading_section, loading)):
+    for section, by_device in (
+        (step_section, steps),
+        (loading_section, loading),
+        (throughput_section, inference),
+    ):
         for device, of_device in by_device.items():
             sections.setdefault(device, []).append((section, of_device))
     devices = sorted(sections, key=lambda device: (sections[device][0][1][0]["device_type"] != "cuda", device))
@@ -213,6 +218,30 @@ def loading_section(rows: list[Row]) -> str:
         "page cache, and how many times what torchvision gives as its users write it. Medians of interleaved repeats; "
         f"our views are first held against PIL's. {first['date']}, commit {first['commit']}: "
         "`python benchmarks/data_loading.py`."
+    )
+    return _paragraph_and_table(how, table)
+
+
+def throughput_section(rows: list[Row]) -> str:
+    """Images/s of models in inference, and how many times the largest's."""
+    first, ways = rows[0], list(dict.fromkeys((row["runtime"], row["precision"], row["batch_size"]) for row in rows))
+    columns = [
+        by_provider(rows, runtime=runtime, precision=precision, batch_size=size) for runtime, precision, size in ways
+    ]
+    names = {"pytorch": "PyTorch", "onnxruntime": "ONNX"}
+    table = [["", "million weights", *(f"{names[r]} {p}, batch {size}" for r, p, size in ways)]]
+    for provider in dict.fromkeys(row["provider"] for row in rows):
+        cells = []
+        for column in columns:
+            row, largest = column.get(provider, {}), next(iter(column.values()))
+            rate = row.get("images_per_s")
+            ratio = "" if row is largest or not rate else f" ({float(rate) / float(largest['images_per_s']):.1f}x)"
+            cells.append(f"{_number(rate)}{ratio}" if rate else row.get("status", ""))
+        table.append([f"ViT-{provider}", columns[0].get(provider, {}).get("million_parameters", ""), *cells])
+    how = (
+        f"**Inference on {_machine(first)}**: images/s of classifiers of 224 pixels and 1,000 classes, and how many "
+        "times the largest's. Medians of interleaved repeats; each model is first held against itself in fp64. "
+        f"{_made(first, 'throughput')}"
     )
     return _paragraph_and_table(how, table)
 

@@ -207,6 +207,7 @@ def parts_of(mode: str, cuda: bool, data_path: str) -> list[Part]:
             limit_s=180 * patience,
             figure=last_line,
         ),
+        timed("throughput", needs=[*needs, "module:timm"], limit_s=100 * patience, figure=last_line),
         benchmark(
             "plot",
             *("{out}/*.csv", "--output-dir", "{out}"),

@@ -67,10 +67,11 @@ ARROWS = {  # room: what of tinymim_fast it may import, rooms or single modules
             "errors",
             "files",
             "random_streams",
+            "yaml_files",
         )
     },
     "tinymim_fast/training/metrics.py": {"data.errors", "files"},
-    "tinymim_fast/training/step.py": {"engine", "training.agreement", "training.task"},
+    "tinymim_fast/training/step.py": {"engine", "training.task"},
     "tinymim_fast/training/schedule.py": {"config"},
     "tinymim_fast/tasks": {
         *("tasks", "targets", "models", "evaluation", "data", "training.task"),

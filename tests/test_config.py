@@ -58,12 +58,25 @@ def test_launchers_flag_is_accepted():
         (["--warmup-epochs=400"], "--warmup-epochs"),
         (["--lr-base=nan"], "lr_base"),
         (["--hflip=2"], "--hflip"),
+        (["--mean=[123.7,116.3,103.5]"], "--mean: got .* those of 255 divided by 255"),
+        (["--std=[58.4,57.1,57.4]"], "--std: got .* those of 255 divided by 255"),
+        (["--teacher-mean=[127,127,127]"], "--teacher-mean: got"),
         (["--config=nope"], "nope, want a YAML file or one of the recipes"),
     ],
 )
 def test_impossible_values_name_the_field(flags, named):
     with pytest.raises(InputError, match=named.replace("[", r"\[")):
         parse(DistillConfig, [*DISTILL, *flags], "p")
+
+
+def test_a_home_folder_in_yaml_is_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("data_path: ~/images\noutput_dir: ~/runs/a\n")
+    config = parse(DistillConfig, ["--config", str(recipe), "--teacher-checkpoint=~/t.pth"], "p")
+    assert (config.data_path, config.output_dir, config.teacher_checkpoint) == (
+        *("/home/me/images", "/home/me/runs/a", "/home/me/t.pth"),
+    )
 
 
 def test_unknown_key_in_yaml_is_named(tmp_path):

@@ -8,6 +8,7 @@ their modules import for type checkers.
 
 import json
 import math
+import os
 import re
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
@@ -209,7 +210,14 @@ class RunConfig:
         self._check("ratio", 0 < low <= high, "two aspect ratios, 0 < low <= high")
         self._check("max_bad_files", 0 <= self.max_bad_files <= 1, "a share of the images")
         self._check("hflip", 0 <= self.hflip <= 1, "a probability")
-        self._check("std", min(self.std) > 0, "three numbers above 0")
+        for name in ("mean", "teacher_mean"):
+            values = getattr(self, name, None)
+            of_1 = values is None or all(0 <= v <= 1 for v in values)
+            self._check(name, of_1, "three numbers from 0 to 1, those of 255 divided by 255")
+        for name in ("std", "teacher_std"):
+            values = getattr(self, name, None)
+            of_1 = values is None or all(0 < v <= 1 for v in values)
+            self._check(name, of_1, "three numbers above 0, at most 1, those of 255 divided by 255")
         self._check("opt_betas", all(0 <= b < 1 for b in self.opt_betas), "two numbers in [0, 1)")
         self._check("warmup_epochs", self.warmup_epochs <= self.epochs, f"at most epochs, {self.epochs}")
 
@@ -366,7 +374,9 @@ def check_keys(keys: Iterable[str], names: Sequence[str], of: object) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """jsonargparse's Namespace and lists to dict and tuple."""
+    """jsonargparse's Namespace and lists to dict and tuple; "~/x" to the home folder's, as a shell does on its line."""
+    if isinstance(value, str) and value.startswith("~"):
+        return os.path.expanduser(value)
     if hasattr(value, "as_dict"):
         return value.as_dict()
     return tuple(value) if isinstance(value, list) else value

@@ -19,6 +19,7 @@ from tinymim_fast.models.classifier import (
     freeze_parts,
     layer_scales,
     load_classifier,
+    load_teacher,
 )
 from tinymim_fast.models.model_info import ModelInfo
 from tinymim_fast.models.vit import create_vit, head_layout
@@ -132,6 +133,50 @@ def test_the_loss_is_the_criterion_of_the_logits(uneven):
     logits = vit.double()(images.double())
     want = -(targets.double() * (logits - logits.logsumexp(1, keepdim=True))).sum(1).mean()
     torch.testing.assert_close(loss.double(), want, rtol=1e-5, atol=0)
+
+
+class TwoHeads(nn.Module):
+    """Stands for a model with a distillation token."""
+
+    def __init__(self, logits):
+        super().__init__()
+        self.logits = logits
+
+    def forward(self, images):
+        return self.logits
+
+
+@pytest.mark.parametrize("kind", ["hard", "soft"])
+def test_the_loss_with_a_teacher_is_deits(kind):
+    """`(1 - a) CE(y, z) + a CE(argmax z_t, z_dist)`, or `a tau^2 KL(softmax(z_t / tau) || softmax(z_dist / tau))`."""
+    z, z_dist, z_t = torch.randn(3, 4, 7, dtype=torch.float64)
+    targets = torch.tensor([1, 0, 6, 3])
+    model = Classification(TwoHeads((z, z_dist)), nn.CrossEntropyLoss(), alpha=0.3, kind=kind, tau=2.0)
+    losses = model(None, targets, z_t)
+    task = -torch.log_softmax(z, 1)[torch.arange(4), targets].mean()
+    if kind == "hard":
+        distill = -torch.log_softmax(z_dist, 1)[torch.arange(4), z_t.argmax(1)].mean()
+    else:
+        p, q = torch.softmax(z_t / 2, 1), torch.softmax(z_dist / 2, 1)
+        distill = 4 * (p * (p.log() - q.log())).sum(1).mean()
+    for name, want in (("loss", 0.7 * task + 0.3 * distill), ("task_loss", task), ("distill_loss", distill)):
+        torch.testing.assert_close(losses[name].double(), want, rtol=1e-6, atol=1e-6)
+
+
+def test_a_teacher_may_be_any_model_of_timms(tmp_path):
+    """From a file of its weights, in its own normalisation."""
+    torch.manual_seed(0)
+    plain = timm.create_model("resnet10t", num_classes=3)
+    torch.save(plain.state_dict(), tmp_path / "teacher.pth")
+    teacher = load_teacher(str(tmp_path / "teacher.pth"), ["a", "b", "c"], model="resnet10t")
+    images = torch.randn(2, 3, 64, 64)
+    assert torch.equal(teacher(images), plain.eval()(images))
+    assert not teacher.training and not any(p.requires_grad for p in teacher.parameters())
+    mean, std = (torch.full((1, 3, 1, 1), v) for v in (0.5, 0.25))
+    seen = teacher.normalize_input(images, mean, std) * teacher.std_kd + teacher.mean_kd
+    torch.testing.assert_close(seen, images * std + mean, rtol=1e-5, atol=1e-5)
+    with pytest.raises(InputError, match=r"source: .*has 3 classes, and the images have 4, or others|not a resnet10t"):
+        load_teacher(str(tmp_path / "teacher.pth"), ["a", "b", "c", "d"], model="resnet10t")
 
 
 def save_classifier(folder, **changes):

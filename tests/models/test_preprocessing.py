@@ -120,5 +120,11 @@ def test_values_that_cant_be(wrong):
         Preprocessing.from_config({"mean": [0.5] * 3, "std": [0.5] * 3, **wrong}, "m")
 
 
+def test_values_of_255_are_divided(caplog):
+    said = {"mean": [123.675, 116.28, 103.53], "std": [58.395, 57.12, 57.375]}
+    assert not Preprocessing.from_config(said, "m").differences((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    assert "m: its mean and std are of 255: divided by 255" in caplog.text
+
+
 def test_what_says_nothing_is_none():
     assert Preprocessing.from_config({"crop_pct": 0.9}, "m") is None and Preprocessing.from_config([], "m") is None

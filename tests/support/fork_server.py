@@ -65,11 +65,19 @@ class Forked:
             time.sleep(0.01)
         return self.returncode
 
-    def wait_for(self, text: str, timeout: float = 60) -> None:
+    def wait_for(self, text: str, timeout: float = 180) -> None:
         """Until the output holds `text`; an error where it ends without, or after `timeout` seconds."""
         deadline = time.monotonic() + timeout
         while text not in self.output:
             assert self._read_some(deadline), f"never said {text!r}:\n{self.output}"
+
+    def wait_for_silence(self, seconds: float = 3, timeout: float = 180) -> None:
+        """Until it has said nothing for so long."""
+        deadline = time.monotonic() + timeout
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            while time.monotonic() < deadline:
+                assert self._read_some(time.monotonic() + seconds), f"it ended:\n{self.output}"
+            raise AssertionError(f"never silent for {seconds} s")
 
     def communicate(self, timeout: float = 120) -> tuple[str, None]:
         """All of its output, when it and all that hold its output have ended."""

@@ -274,3 +274,86 @@ def test_folders_that_cant_be_classified_are_refused(world, image_folder, tmp_pa
     code, output = run_forked("finetune", *finetune_flags(tmp_path / "other", tmp_path / "run"))
     assert code == EXIT_INPUT and "finetune.py: --data-path: " in output and "want val" in output
     assert not (tmp_path / "run").exists()
+
+
+DISTILLED = {"epochs": 2, "checkpoint_interval": 4, "zero_stage": 2}
+
+
+@pytest.fixture(scope="module")
+def distilled(whole, world, image_folder, tmp_path_factory):
+    """A run with a distillation token, that learns from the classifier `whole`."""
+    folder = tmp_path_factory.mktemp("distilled") / "run"
+    flags = finetune_flags(image_folder, folder, **DISTILLED, teacher_checkpoint=whole)
+    fine_tune(world, *flags)
+    return folder
+
+
+def test_a_distillation_token_learns_from_a_teacher(distilled, tmp_path):
+    import timm
+
+    for record in read_metrics(distilled):
+        assert record["loss"] == pytest.approx((record["task_loss"] + record["distill_loss"]) / 2, rel=1e-3)
+    vit, info = load_classifier(str(distilled))
+    assert info.architecture == "deit_tiny_distilled_patch16_224" and vit.num_prefix_tokens == 2
+    export(str(distilled), tmp_path / "out")
+    model = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(model(images), vit.eval()(images))
+
+
+def test_a_run_with_a_teacher_continues_bitwise(distilled, whole, world, image_folder, tmp_path):
+    flags = finetune_flags(image_folder, tmp_path / "cut", **DISTILLED, teacher_checkpoint=whole)
+    with pytest.raises(Stopped):
+        fine_tune(world, *flags, build_task=stopping(finetune.build_task, 5))
+    other = latest_checkpoint(whole) / WEIGHTS  # not the average
+    with pytest.raises(InputError, match=r"--teacher-checkpoint: is step_00000012 .* began with step_00000012"):
+        fine_tune(world, *flags, f"--teacher-checkpoint={other}")
+    fine_tune(world, *flags)
+    assert losses(tmp_path / "cut") == losses(distilled)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"teacher_checkpoint": "nothing"}, "--teacher-checkpoint: nothing: no such checkpoint"),
+        ({"teacher_checkpoint": "timm:nothing"}, "--teacher-checkpoint: got nothing, but timm has no model"),
+        ({"teacher_model": "resnet18"}, "--teacher-model: got resnet18, want teacher_checkpoint too"),
+        (
+            {"model": "vit_large_patch16_224"},
+            "--teacher-checkpoint: .* timm has no model deit_large_distilled_patch16_224",
+        ),
+    ],
+)
+def test_a_teacher_that_cant_be_used_is_refused(whole, world, image_folder, tmp_path, changes, message):
+    changes = {**({} if "teacher_model" in changes else {"teacher_checkpoint": whole}), **changes}
+    with pytest.raises(InputError, match=message):
+        fine_tune(world, *finetune_flags(image_folder, tmp_path / "run", **changes))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_teacher_of_other_classes_is_refused(whole, world, image_folder, tmp_path):
+    shutil.copytree(image_folder, tmp_path / "images")
+    for split in ("train", "val"):
+        (tmp_path / "images" / split / "star").rename(tmp_path / "images" / split / "comet")
+    with pytest.raises(InputError, match=r"--teacher-checkpoint: .* has 16 classes, and the images have 16, or others"):
+        fine_tune(world, *finetune_flags(tmp_path / "images", tmp_path / "run", teacher_checkpoint=whole))
+
+
+def test_the_classifier_of_tinymim_star(whole, world, image_folder, tmp_path):
+    """A layer before both heads, 12 heads: its logits by the formula; saved, exported, read back."""
+    import timm
+
+    heads = {"model_kwargs": json.dumps({**TINY, "num_heads": 12}), "pre_head_dim": 160}
+    fine_tune(world, *finetune_flags(image_folder, tmp_path / "run", teacher_checkpoint=whole, **heads))
+    vit, info = load_classifier(str(tmp_path / "run"))
+    assert info.architecture == "tinymim_fast_star" and info.head_layout["num_heads"] == [12] * 3
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        tokens = vit.eval().forward_features(images)
+        norm, linear, _ = vit.pre_head
+        of_token = torch.nn.functional.gelu(linear(norm(tokens[:, :2])))
+        want = (vit.head(of_token[:, 0]) + vit.head_dist(of_token[:, 1])) / 2
+    torch.testing.assert_close(vit(images), want)
+    assert not export(str(tmp_path / "run"), tmp_path / "out")
+    model = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
+    assert torch.equal(model(images), vit(images)) and linear.weight.shape == (160, 48)

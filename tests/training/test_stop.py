@@ -67,7 +67,7 @@ def test_a_signal_to_the_group_saves(image_folder, teacher_file, tmp_path, name)
     try:
         run.wait_for("step 3/")
         os.killpg(run.pid, signal.Signals[name])
-        output, _ = run.communicate(60)
+        output, _ = run.communicate(180)
         assert_saved(run, output, tmp_path / "run")
         assert f"stopped by {name}" in output
         assert group_is_gone(run.pid)
@@ -88,7 +88,7 @@ def test_later_signals_change_nothing(image_folder, teacher_file, tmp_path, rank
                     os.killpg(run.pid, signal.SIGTERM)
             time.sleep(0.02)
         for run in runs:
-            output, _ = run.communicate(60)
+            output, _ = run.communicate(180)
             assert run.returncode == EXIT_TERMINATED and "Traceback" not in output, output
         assert last_step(tmp_path / "run") > 0
     finally:
@@ -102,7 +102,7 @@ def test_a_signal_to_one_rank_stops_all(image_folder, teacher_file, tmp_path):
     try:
         runs[0].wait_for("step 3/")
         os.kill(runs[1].pid, signal.SIGTERM)
-        outputs = [run.communicate(60)[0] for run in runs]
+        outputs = [run.communicate(180)[0] for run in runs]
         assert_saved(runs[0], outputs[0], tmp_path / "run")
         assert runs[1].returncode == EXIT_TERMINATED and "stopped by SIGTERM" in outputs[1], outputs[1]
     finally:
@@ -118,7 +118,7 @@ def test_a_signal_at_start_up_leaves_nothing(image_folder, teacher_file, tmp_pat
         wait_until_signals_are_taken(run)
         time.sleep(after_s)
         os.killpg(run.pid, signal.SIGTERM)
-        output, _ = run.communicate(60)
+        output, _ = run.communicate(180)
         assert run.returncode == EXIT_TERMINATED and "Traceback" not in output, output
         assert "stopped by SIGTERM" in output
         assert not list((tmp_path).rglob("tmp_*"))
@@ -150,9 +150,9 @@ def test_a_run_that_waits_for_data_obeys(image_folder, teacher_file, tmp_path):
     try:
         run.wait_for("step 3/")
         stop_workers(run)
-        time.sleep(2)  # what was made ahead is used up
+        run.wait_for_silence()  # what was made ahead is used up
         os.killpg(run.pid, signal.SIGTERM)
-        output, _ = run.communicate(60)
+        output, _ = run.communicate(180)
         assert_saved(run, output, tmp_path / "run")
         assert "stopped by SIGTERM while data was waited for (rank 0 for " in output
         assert group_is_gone(run.pid)
@@ -164,7 +164,7 @@ def test_a_run_that_waits_for_data_obeys(image_folder, teacher_file, tmp_path):
 def test_max_time(world, image_folder, teacher_file, tmp_path):
     changes = {"epochs": 20, "log_interval": 8}
     flags = distill_flags(image_folder, teacher_file, tmp_path / "run", **changes)
-    run = start_forked("train", *flags, "--max-time=0.03")
+    run = start_forked("train", *flags, "--max-time=0.01")
     try:
         output, _ = run.communicate(120)
     finally:
@@ -195,7 +195,7 @@ def test_a_signal_to_a_launchers_group_saves(image_folder, teacher_file, tmp_pat
         while last_step(tmp_path / "run") < 5 and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.05)
         os.killpg(process.pid, signal.SIGTERM)
-        output, _ = process.communicate(timeout=60)
+        output, _ = process.communicate(timeout=180)
         assert f"stopped by SIGTERM at step {last_step(tmp_path / 'run')}, saved" in output, output
         assert not list((tmp_path / "run" / "checkpoints").glob("tmp_*"))
     finally:
@@ -221,7 +221,7 @@ def test_orphans_save_and_end(image_folder, teacher_file, tmp_path, launcher):
         if launcher == "launch.py":
             (victim,) = [pid for pid in members(process.pid) if "deepspeed.launcher.launch" in command_of(pid)]
         os.kill(victim, signal.SIGKILL)
-        output, _ = process.communicate(timeout=60)
+        output, _ = process.communicate(timeout=180)
         assert f"stopped by the end of its launcher at step {last_step(tmp_path / 'run')}, saved" in output, output
         assert group_is_gone(process.pid)
     finally:
@@ -238,7 +238,7 @@ def test_orphans_save_and_end(image_folder, teacher_file, tmp_path, launcher):
     ("ranks", "stage"), [(1, 1), (2, 2), pytest.param(2, 0, marks=SLOW), pytest.param(2, 3, marks=SLOW)]
 )
 def test_a_rank_without_data_loses_nothing(image_folder, teacher_file, tmp_path, ranks, stage):
-    changes = {"epochs": 12, "zero_stage": stage, "drop_path": 0.2, "gradient_accumulation_steps": 2}
+    changes = {"epochs": 30, "zero_stage": stage, "drop_path": 0.2, "gradient_accumulation_steps": 2}
 
     def start(name, **more):
         flags = distill_flags(image_folder, teacher_file, tmp_path / name, **changes, **more)
@@ -249,14 +249,14 @@ def test_a_rank_without_data_loses_nothing(image_folder, teacher_file, tmp_path,
         runs[0].wait_for("step 3/")
         stop_workers(runs[-1])
         for run in runs:
-            output, _ = run.communicate(60)
+            output, _ = run.communicate(180)
             assert run.returncode == EXIT_TERMINATED and "Traceback" not in output, output
             at = f"at step {last_step(tmp_path / 'run')}, saved; the same command continues"
             assert f"stopped by max_wait while data was waited for (rank {ranks - 1} for " in output and at in output
     finally:
         for run in runs:
             run.kill()
-    assert 2 < last_step(tmp_path / "run") < 72
+    assert 2 < last_step(tmp_path / "run") < 180
     for name in ("run", "whole"):
         kills.run_to_end(lambda name=name: start(name))
     kills.assert_same_run(tmp_path / "run", tmp_path / "whole")
@@ -274,7 +274,7 @@ def test_a_lost_rank_is_one_line(image_folder, teacher_file, tmp_path, victim, s
         runs[0].wait_for("step 3/")
         runs[victim].kill()
         other = runs[1 - victim]
-        output, _ = other.communicate(60)
+        output, _ = other.communicate(180)
         assert other.returncode == EXIT_TERMINATED and "Traceback" not in output and "frame #" not in output, output
         gone = f"another rank ended or can't be reached: rank {victim} (process {runs[victim].pid} is gone)"
         assert len([line for line in output.splitlines() if gone in line]) == 1, output

@@ -38,6 +38,8 @@ _TRUNCATE = -0.499  # DALI rounds to uint8, PIL's blend truncates
 _NUM_STAGES = 3  # brightness, contrast, saturation
 _WARP, _AUTO_CONTRAST, _EQUALIZE, _INVERT, _POSTERIZE, _SOLARIZE, _SOLARIZE_ADD = range(7)  # of KINDS
 _COLOR, _CONTRAST, _BRIGHTNESS, _SHARPNESS, _DESATURATE, _GAUSSIAN_BLUR = range(7, len(KINDS))
+_equalize = getattr(fn, "equalize", None) or fn.experimental.equalize  # older DALIs have the second name
+_filter = getattr(fn, "filter", None) or fn.experimental.filter
 _SMOOTH = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], dtype=np.float32) / 13  # PIL's ImageFilter.SMOOTH
 _SAME = np.array([[0, 0, 0], [0, 1, 0], [0, 0, 0]], dtype=np.float32)
 _DECODER_KWARGS = ("hw_decoder_load", "device_memory_padding", "host_memory_padding")
@@ -299,17 +301,18 @@ def _rand_augment(image, rows, plan: TrainPlan, threads: Readers | None):
     """
     if threads is not None:
         return _on_cpu(partial(_rand_augment_on_cpu, plan.rand_augment), threads, image, rows)
-    fill = float(np.mean(plan.rand_augment.fill))
+    fill = types.Constant(np.array(plan.rand_augment.fill, dtype=np.float32).reshape(1, 1, 3))
     for layer in range(plan.rand_augment.num_layers):
         kind, strength = fn.cast(rows[layer, 2], dtype=types.INT32), fn.cast(rows[layer, 1], dtype=types.FLOAT)
         on_device = strength.gpu() if image.device == "gpu" else strength
         if kind == _WARP:
             matrix = fn.reshape(fn.cast(rows[layer, 3:], dtype=types.FLOAT), shape=[2, 3])
-            image = fn.warp_affine(image, matrix=matrix, fill_value=fill, interp_type=types.INTERP_LINEAR)
+            moved = fn.warp_affine(image - fill, matrix=matrix, fill_value=0, interp_type=types.INTERP_LINEAR)
+            image = fn.cast(moved + fill, dtype=types.UINT8)
         elif kind == _AUTO_CONTRAST:
             image = augmentations.auto_contrast.op(image, None)
         elif kind == _EQUALIZE:
-            image = fn.experimental.equalize(image)
+            image = _equalize(image)
         elif kind == _INVERT:
             image = types.Constant(255, dtype=types.UINT8) - image
         elif kind == _POSTERIZE:
@@ -331,7 +334,7 @@ def _rand_augment(image, rows, plan: TrainPlan, threads: Readers | None):
             image = _brighten(image, strength)
         elif kind == _SHARPNESS:
             blur, same = types.Constant(_SMOOTH), types.Constant(_SAME)
-            image = fn.experimental.filter(image, blur + (same - blur) * strength)
+            image = _filter(image, blur + (same - blur) * strength)
         elif kind == _GAUSSIAN_BLUR:
             image = fn.gaussian_blur(image, sigma=strength)
     return image

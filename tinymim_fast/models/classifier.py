@@ -14,13 +14,15 @@ from timm.layers import trunc_normal_
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from timm.optim import param_groups_layer_decay
+from timm.task import DistillationTeacher
 from torch import nn
 
 from tinymim_fast.errors import InputError, flags
 from tinymim_fast.models.architecture import check_name
-from tinymim_fast.models.checkpoints import WEIGHTS, load_encoder, load_state, read_weights, restore
+from tinymim_fast.models.checkpoints import WEIGHTS, find_weights, load_encoder, load_state, read_weights, restore
 from tinymim_fast.models.model_info import ModelInfo
 from tinymim_fast.models.vit import create_vit, head_layout, init_mae_style, set_num_heads
+from tinymim_fast.models.weights_file import check_finite, read_file
 
 logger = logging.getLogger("tinymim_fast")
 HEADS = ("head.", "head_dist.")
@@ -43,6 +45,7 @@ class Classifier:
         drop_path: rate in the last block; it grows from 0 in the first, linearly with depth.
         head_init_std: of the new head's weights; its biases are 0.
         distilled: a distillation token and a second head for it (DeiT, arXiv 2012.12877).
+        pre_head_dim: with it, width of a layer before both heads, as TinyMIM*-T has: see `star`; 0: none.
     """
 
     source: str
@@ -56,6 +59,7 @@ class Classifier:
     drop_path: float = 0.0
     head_init_std: float = 2e-5
     distilled: bool = False
+    pre_head_dim: int = 0
 
 
 def create_classifier(wanted: Classifier) -> tuple[VisionTransformer, ModelInfo]:
@@ -87,6 +91,8 @@ def create_classifier(wanted: Classifier) -> tuple[VisionTransformer, ModelInfo]
         raise InputError(f"got token, and {name} has no class token; want avg", argument="global_pool")
     if wanted.distilled:
         name, pool = _with_distillation_token(name), "token"
+    if wanted.pre_head_dim:
+        name, kwargs = "tinymim_fast_star", {**_shape_of(name), **kwargs, "pre_head_dim": wanted.pre_head_dim}
     kwargs |= {"img_size": wanted.img_size, "num_classes": wanted.num_classes, "global_pool": pool}
     vit = create_vit(name, **kwargs, drop_path_rate=wanted.drop_path)
     if wanted.num_heads is not None:
@@ -156,6 +162,51 @@ def load_classifier(
             argument="metric",
         )
     return vit, info
+
+
+def load_teacher(source: str, class_names: Sequence[str], *, model: str | None = None) -> DistillationTeacher:
+    """A frozen classifier to learn from, fp32 on the CPU: timm's wrapper of it, which knows its mean and deviation.
+
+    Args:
+        source: `timm:NAME`, any model of timm's with its own weights; else see `load_classifier`, or with `model` a
+            file of that model's weights.
+        class_names: of the student; a teacher that says its own must say the same in the same order.
+        model: timm name of the teacher.
+
+    Raises:
+        InputError: no such weights, or other classes; argument "source", "model" or "metric".
+    """
+    told = None
+    if source.startswith("timm:") and not source.startswith("timm:local-dir:"):
+        try:
+            teacher = timm.create_model(check_name(source.removeprefix("timm:"), "source"), pretrained=True)
+        except (OSError, RuntimeError) as error:
+            raise InputError(
+                f"{source}: its weights can't be fetched ({error}); give a local file", argument="source"
+            ) from error
+    elif model is None:
+        teacher, info = load_classifier(source)
+        told, made = info.class_names, info.expects
+        if made is not None:
+            teacher.pretrained_cfg = {**teacher.pretrained_cfg, "mean": made.mean, "std": made.std}
+    else:
+        path = find_weights(Path(source))
+        state = read_file(path).tensors
+        teacher = timm.create_model(check_name(model), num_classes=len(class_names))
+        try:
+            teacher.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()})
+        except RuntimeError as error:
+            raise InputError(
+                f"{path}: not a {model}: {str(error).splitlines()[-1].strip()}", argument="source"
+            ) from error
+        check_finite(state, path)
+    if teacher.num_classes != len(class_names) or (told is not None and told != list(class_names)):
+        raise InputError(
+            f"{source}: has {teacher.num_classes} classes, and the images have {len(class_names)}, or others; take a "
+            "teacher of the same classes in the same order",
+            argument="source",
+        )
+    return DistillationTeacher(teacher).eval().requires_grad_(False)
 
 
 class Classification(nn.Module):
@@ -272,6 +323,13 @@ def _with_distillation_token(name: str) -> str:
             argument="distilled",
         )
     return distilled
+
+
+def _shape_of(name: str) -> dict[str, Any]:
+    """What timm's name of a DeiT says of its shape."""
+    with torch.device("meta"):
+        vit = create_vit(name, img_size=224)
+    return {"embed_dim": vit.embed_dim, "depth": len(vit.blocks), "num_heads": vit.blocks[0].attn.num_heads}
 
 
 def _without_heads(encoder: VisionTransformer, vit: VisionTransformer) -> dict[str, torch.Tensor]:

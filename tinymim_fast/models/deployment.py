@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -92,7 +92,7 @@ def check_file(path: Path, vit: VisionTransformer, img_size: int) -> float:
         InputError: above `MAX_ERROR`; argument "formats".
     """
     generator, worst = torch.Generator().manual_seed(0), 0.0
-    run = _onnx_runner(path) if path.suffix == ".onnx" else torch.export.load(path).module()
+    run = onnx_runner(path) if path.suffix == ".onnx" else torch.export.load(path).module()
     for batch_size in CHECKED:
         images = torch.randn(batch_size, 3, img_size, img_size, generator=generator)
         want = vit.eval()(images)
@@ -106,8 +106,16 @@ def check_file(path: Path, vit: VisionTransformer, img_size: int) -> float:
     return worst
 
 
-def _onnx_runner(path: Path):
+def onnx_runner(path: Path, num_threads: int = 0) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What gives a written ONNX file's output of CPU images, by onnxruntime on the CPU.
+
+    Args:
+        path: of `save_onnx`.
+        num_threads: of an operator; 0: onnxruntime's choice.
+    """
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = num_threads
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     return lambda images: torch.from_numpy(session.run(None, {INPUT: images.numpy()})[0])

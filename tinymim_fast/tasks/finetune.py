@@ -10,17 +10,14 @@ from tinymim_fast.config import RunConfig, to_dict
 from tinymim_fast.errors import InputError, flags
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
-
     import torch
     from torch import nn
 
     from tinymim_fast.data import ImageIndex
-    from tinymim_fast.data.batch_augment import BatchAugment
     from tinymim_fast.data.views import TrainView
     from tinymim_fast.distributed import World
     from tinymim_fast.models.classifier import Classifier
-    from tinymim_fast.training.task import Task, Validation
+    from tinymim_fast.training.task import Task, Views
 
 logger = logging.getLogger("tinymim_fast")
 PREFIX = "model."  # of the classifier's weights under the engine
@@ -44,6 +41,14 @@ class FinetuneConfig(RunConfig):
         head_init_std: standard deviation of the new head's weights.
         linear_probe: train the head alone.
         freeze_blocks: keep patch embedding, tokens and the first so many blocks as they are.
+        teacher_checkpoint: a classifier whose classes a distillation token learns, as in DeiT: `timm:NAME`, any model
+            of timm's with its own weights, a fine-tuned run or export, or a file of weights; None: no distillation.
+        teacher_model: timm name of the teacher, where its file can't tell.
+        distillation_type: "hard": the teacher's first class; "soft": its probabilities.
+        distillation_alpha: the teacher's share of the loss.
+        distillation_tau: temperature of "soft".
+        pre_head_dim: width of a layer before the heads, LayerNorm, linear and GELU, with a teacher alone; TinyMIM*-T
+            has 1280; 0: none.
         layer_decay: factor on the learning rate for each layer below the head.
         drop_path: rate in the last block; it grows from 0 in the first.
         aa: RandAugment in timm's words, e.g. "rand-m9-mstd0.5-inc1".
@@ -70,7 +75,10 @@ class FinetuneConfig(RunConfig):
         crop_pct: side of the centre crop per short side of the resized image, in validation.
     """
 
-    FREE_ON_RESUME: ClassVar[frozenset[str]] = RunConfig.FREE_ON_RESUME | {"validation_batch_size"}
+    FREE_ON_RESUME: ClassVar[frozenset[str]] = RunConfig.FREE_ON_RESUME | {
+        "validation_batch_size",
+        "teacher_checkpoint",
+    }
 
     checkpoint: str
     model: str | None = None
@@ -82,6 +90,12 @@ class FinetuneConfig(RunConfig):
     head_init_std: float = 2e-5
     linear_probe: bool = False
     freeze_blocks: int = 0
+    teacher_checkpoint: str | None = None
+    teacher_model: str | None = None
+    distillation_type: Literal["hard", "soft"] = "hard"
+    distillation_alpha: float = 0.5
+    distillation_tau: float = 1.0
+    pre_head_dim: int = 0
     layer_decay: float = 1.0
     drop_path: float = 0.0
     aa: str | None = None
@@ -130,6 +144,11 @@ class FinetuneConfig(RunConfig):
         for name in ("freeze_blocks", "aug_repeats", "mixup", "cutmix", "head_init_std", "val_interval"):
             self._check(name, getattr(self, name) >= 0, "0 or more")
         self._check("recount", self.recount > 0, "more than 0")
+        self._check("distillation_alpha", 0 < self.distillation_alpha < 1, "more than 0 and less than 1")
+        wider = self.pre_head_dim == 0 or (self.pre_head_dim > 0 and self.teacher_checkpoint is not None)
+        self._check("pre_head_dim", wider, "0, or more with teacher_checkpoint")
+        self._check("distillation_tau", self.distillation_tau > 0, "more than 0")
+        self._check("teacher_model", self.teacher_model is None or self.teacher_checkpoint, "teacher_checkpoint too")
         self._check("layer_decay", 0 < self.layer_decay <= 1, "more than 0, at most 1")
         self._check("crop_pct", 0 < self.crop_pct <= 1, "more than 0, at most 1")
         low, high = self.cutmix_minmax or (0, 1)
@@ -171,16 +190,18 @@ def build_task(config: FinetuneConfig, world: "World", checkpoint: Path | None, 
         restore_classifier,
     )
     from tinymim_fast.models.vit import keep_batch_norm_fp32, whole_blocks
+    from tinymim_fast.tasks.classifying import batch_augment, find_validation_images, validate_on, with_teacher
+    from tinymim_fast.tasks.distill import which_teacher
     from tinymim_fast.training.task import Task, saved_buffers, without_prefix
 
     _check_batches(config, world)
     class_names = _class_names(config, images)
-    validation_images = _find_validation_images(config, world, images)
+    validation_images = find_validation_images(config, world, images)
     if checkpoint is not None:
         with flags(source="output_dir"):
             vit, info = restore_classifier(checkpoint, drop_path=config.drop_path)
     else:
-        with flags(source="checkpoint", key="checkpoint_key"):
+        with flags(source="checkpoint", key="checkpoint_key", distilled="teacher_checkpoint"):
             vit, info = create_classifier(_wanted(config, len(class_names)))
     keep_batch_norm_fp32(vit)
     with flags(num_blocks="freeze_blocks"):
@@ -193,9 +214,19 @@ def build_task(config: FinetuneConfig, world: "World", checkpoint: Path | None, 
         criterion = torch.nn.CrossEntropyLoss()
     if config.bce_loss:
         criterion = BinaryCrossEntropy(0.0 if config.mixes else config.smoothing, config.bce_target_thresh)
-    model = Classification(vit, criterion)
+    parts, kind, kept = ("loss",), {}, {}
+
+    def prepare(views: "Views") -> "Views":
+        return views
+
+    if config.teacher_checkpoint is not None:
+        parts, prepare = ("loss", "task_loss", "distill_loss"), with_teacher(config, world, class_names)
+        vit.set_distilled_training(True)
+        kept["teacher_checkpoint"] = which_teacher(config)
+        kind = {"alpha": config.distillation_alpha, "kind": config.distillation_type, "tau": config.distillation_tau}
+    model = Classification(vit, criterion, **kind)
     initial = {name: tensor.detach().clone() for name, tensor in vit.state_dict().items()}
-    validation = _validation(config, world, vit, validation_images)
+    validation = validate_on(config, world, vit, validation_images)
     dtype = torch.bfloat16 if config.bf16 else torch.float32
     attention = use_attention(model, config.attention, world.device, dtype, gradients=True)
     logger.info("classifier: %d classes, %s, attention %s", len(class_names), str(dtype)[6:], attention)
@@ -205,9 +236,9 @@ def build_task(config: FinetuneConfig, world: "World", checkpoint: Path | None, 
 
     return Task(
         model=model,
-        prepare=lambda views: views,
-        augment=_batch_augment(config, world, len(class_names)),
-        parts=("loss",),
+        prepare=prepare,
+        augment=batch_augment(config, world, len(class_names)),
+        parts=parts,
         view=_view(config, world),
         weights=weights,
         trained=lambda saved: {PREFIX + name: tensor for name, tensor in saved.items()},
@@ -217,6 +248,7 @@ def build_task(config: FinetuneConfig, world: "World", checkpoint: Path | None, 
         ema_decay=config.model_ema_decay if config.model_ema else None,
         ema_warmup=config.model_ema_warmup,
         validation=validation,
+        kept=kept,
         regions=whole_blocks(model),
     )
 
@@ -235,6 +267,8 @@ def _wanted(config: FinetuneConfig, num_classes: int) -> "Classifier":
         num_heads=config.num_heads,
         drop_path=config.drop_path,
         head_init_std=config.head_init_std,
+        distilled=config.teacher_checkpoint is not None,
+        pre_head_dim=config.pre_head_dim,
     )
 
 
@@ -267,25 +301,6 @@ def _class_names(config: FinetuneConfig, images: "ImageIndex") -> tuple[str, ...
     return names
 
 
-def _find_validation_images(config: FinetuneConfig, world: "World", images: "ImageIndex") -> "ImageIndex | None":
-    from tinymim_fast.data import find_images
-    from tinymim_fast.evaluation.splits import match_splits
-
-    if not config.val_interval:
-        return None
-
-    def find() -> "ImageIndex":
-        options = {"layout": config.layout, "max_image_pixels": config.max_image_pixels, "workers": config.workers}
-        return match_splits(config.data_path, images, find_images(config.data_path, split=config.val_split, **options))
-
-    with flags(split="val_split"):
-        try:
-            return world.broadcast(find)
-        except InputError as error:
-            error.argument = error.argument or "data_path"
-            raise
-
-
 def _view(config: FinetuneConfig, world: "World") -> "TrainView":
     from dataclasses import replace
 
@@ -293,63 +308,3 @@ def _view(config: FinetuneConfig, world: "World") -> "TrainView":
 
     view = train_view(config, world, color_jitter=config.color_jitter or None)
     return replace(view, rand_augment=config.aa, clean=False, labels=True, repeats=max(1, config.aug_repeats))
-
-
-def _batch_augment(config: FinetuneConfig, world: "World", num_classes: int) -> "BatchAugment":
-    from timm.data import Mixup
-    from timm.data.random_erasing import RandomErasing
-
-    from tinymim_fast.data.batch_augment import BatchAugment
-
-    erasing = mixup = None
-    if config.reprob:
-        erasing = RandomErasing(config.reprob, mode=config.remode, max_count=config.recount, device=world.device)
-    if config.mixes:
-        mixup = Mixup(
-            mixup_alpha=config.mixup,
-            cutmix_alpha=config.cutmix,
-            cutmix_minmax=config.cutmix_minmax,
-            prob=config.mixup_prob,
-            switch_prob=config.mixup_switch_prob,
-            mode=config.mixup_mode,
-            label_smoothing=config.smoothing,
-            num_classes=num_classes,
-        )
-    return BatchAugment(erasing, mixup, seed=config.seed, rank=world.rank)
-
-
-def _validation(
-    config: FinetuneConfig, world: "World", vit: "nn.Module", images: "ImageIndex | None"
-) -> "Validation | None":
-    """Top-1 and top-5 of a model like `vit`, fp32 weights, autocast to bf16 where the run is bf16."""
-    from copy import deepcopy
-
-    import torch
-
-    from tinymim_fast.data.views import EvalView
-    from tinymim_fast.evaluation.ranks import Share
-    from tinymim_fast.evaluation.top_accuracies import top_accuracies
-    from tinymim_fast.models.preprocessing import Preprocessing
-    from tinymim_fast.training.task import Validation
-
-    if images is None:
-        return None
-    model = deepcopy(vit).eval().requires_grad_(False)
-    made = Preprocessing(config.mean, config.std, config.crop_pct)
-    view = EvalView(
-        img_size=config.img_size, resize_size=made.resize_size(config.img_size), mean=config.mean, std=config.std
-    )
-    size = config.validation_batch_size or config.batch_plan(world.world_size).micro_batch_size
-    share = Share(world.device, size, config.workers, world.host_group, config.loader)
-
-    def logits(views: "torch.Tensor") -> "torch.Tensor":
-        with torch.autocast(world.device.type, torch.bfloat16, enabled=config.bf16):
-            return model(views)
-
-    def validate(weights: "Mapping[str, torch.Tensor]", stopping: "Callable[[], bool]") -> "dict[str, float]":
-        model.load_state_dict(weights)
-        model.to(world.device)
-        found = top_accuracies(logits, images, view, share, stopping=stopping)
-        return {"top1": found["top1"], "top5": found["top5"], "val_loss": found["loss"]}
-
-    return Validation(validate, interval=config.val_interval, metric="top1")

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import safetensors
-import yaml
 
 from tinymim_fast.config import RunConfig, differences
 from tinymim_fast.data import ImageIndex, find_images
@@ -18,6 +17,7 @@ from tinymim_fast.data.bad_files import BadFiles
 from tinymim_fast.errors import InputError
 from tinymim_fast.models.checkpoints import METADATA_KEY, WEIGHTS, latest_checkpoint, list_checkpoints
 from tinymim_fast.training.checkpoint import damage
+from tinymim_fast.yaml_files import read_mapping
 
 logger = logging.getLogger("tinymim_fast")
 CONFIG = "config.yaml"
@@ -76,11 +76,11 @@ def _saved_configuration(path: Path, latest: Path | None) -> dict[str, Any] | No
     said = "is missing"
     if path.exists():
         try:
-            saved = yaml.safe_load(path.read_text(encoding="utf-8"))
-            if isinstance(saved, dict) and "output_dir" in saved:
+            saved = read_mapping(path)
+            if "output_dir" in saved:
                 return saved
             said = "holds no configuration"
-        except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        except (OSError, InputError) as error:
             said = f"can't be read ({' '.join(str(error).split())[:100]})"
     if latest is None:
         return None
