@@ -217,7 +217,7 @@ def train(
                     measured = validator.measure(step, stop)
                 if not measured:
                     raise Terminated(
-                        f"stopped by {reason_of(validator.stop_code)} at step {step}; the same command continues"
+                        f"stopped by {reason_of(validator.stop_code)} at step {step}, saved; the same command continues"
                     )
                 recorder.write({"step": step, "epoch": round(step / steps_per_epoch, 4), **measured})
                 validator.write_best()
