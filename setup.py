@@ -8,6 +8,7 @@ from setuptools import find_packages, setup
 HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "tinymim_fast" / "version.py").read_text())[1]
 
+EXPORT = ["onnx>=1.19", "onnxscript>=0.5", "onnxruntime>=1.22"]
 TRAIN = [
     "timm>=1.0.31,<1.1",
     "deepspeed>=0.19,<0.20",
@@ -33,7 +34,7 @@ setup(
     # Without symbolic links, which some checkouts and archives lack, find_packages does not see the kernels.
     packages=sorted({*find_packages(include=["tinymim_fast", "tinymim_fast.*"]), "tinymim_fast.kernels"}),
     package_dir={"tinymim_fast": "tinymim_fast", "tinymim_fast.kernels": "kernels"},
-    package_data={"tinymim_fast.recipes": ["*.yaml"], "tinymim_fast.kernels": ["*.cpp"]},
+    package_data={"tinymim_fast.recipes": ["*.yaml", "*/*.yaml"], "tinymim_fast.kernels": ["*.cpp"]},
     install_requires=[
         "torch>=2.9",  # pins triton 3.5, the first that compiles the kernels without spills
         "triton>=3.5; platform_system == 'Linux'",
@@ -42,7 +43,18 @@ setup(
     extras_require={
         "train": [*TRAIN, "nvidia-dali-cuda130>=2.4,<3; platform_system == 'Linux'"],
         "train-cu12": [*TRAIN, "nvidia-dali-cuda120>=2.2,<3; platform_system == 'Linux'"],
+        "corruptions": ["imagecorruptions-imaug>=1.1.5"],  # evaluate --make-corruptions
+        "export": EXPORT,  # export --formats onnx
         "torchao": ["torchao>=0.18"],  # --teacher-precision fp8, and int8 on a GPU
-        "dev": ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.9", "transformers>=5"],
+        "dev": [
+            "pytest>=8",
+            "pytest-xdist>=3.6",
+            "hypothesis>=6.100",
+            "ruff>=0.9",
+            "transformers>=5",
+            "lightning>=2.5",
+            "accelerate>=1.10",
+            *EXPORT,
+        ],
     },
 )

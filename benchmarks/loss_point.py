@@ -8,11 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 import harness
 import roofs
 import sweep
 from providers import Provider, Side, formula, projections
+
+LIGHTLY, LIGHTLY_TEMPERATURE = "lightly", 0.07
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +34,16 @@ class Point(sweep.Point):
     num_tokens: int = 197
     head_dim_s: int
     head_dim_t: int
+
+    @property
+    def is_lightly(self) -> bool:
+        """LightlyTrain's relation: features of length 1 under a temperature, values alone."""
+        return self.preset == LIGHTLY
+
+    @property
+    def scale(self) -> float | None:
+        """A factor on the logits; None: D ** -0.5 of each side."""
+        return 1 / LIGHTLY_TEMPERATURE if self.is_lightly else None
 
     @property
     def backward(self) -> bool:
@@ -59,8 +72,9 @@ class Point(sweep.Point):
         return self.batch_size * self.num_heads * self.num_tokens
 
     def __str__(self) -> str:
+        name = f"{'' if self.is_lightly else 'ViT-'}{self.preset} " if self.preset else ""
         return (
-            f"{self.preset and 'ViT-' + self.preset + ' '}{self.mode} {self.relations} {self.dtype} {self.layout} "
+            f"{name}{self.mode} {self.relations} {self.dtype} {self.layout} "
             f"B={self.batch_size} H={self.num_heads} N={self.num_tokens} D_s={self.head_dim_s} D_t={self.head_dim_t}"
         )
 
@@ -85,16 +99,16 @@ class Inputs:
 
 
 def make_inputs(point: Point, device: torch.device, seed: int) -> Inputs:
-    """Standard normal projections: logits of standard deviation 1."""
+    """Standard normal projections: logits of standard deviation 1; of length 1 for LightlyTrain's relation."""
     generator = torch.Generator(device).manual_seed(seed)
     b, h, n = point.batch_size, point.num_heads, point.num_tokens
 
     def side(head_dim: int) -> Side:
         shape = (b, n, 3 * h * head_dim) if point.layout == "packed" else (b, h, n, head_dim)
-        tensors = tuple(
-            torch.randn(shape, device=device, generator=generator).to(point.torch_dtype)
-            for _ in range(1 if point.layout == "packed" else 3)
-        )
+        tensors = [
+            torch.randn(shape, device=device, generator=generator) for _ in range(1 if point.layout == "packed" else 3)
+        ]
+        tensors = tuple((normalize(z, dim=-1) if point.is_lightly else z).to(point.torch_dtype) for z in tensors)
         return tensors[0] if point.layout == "packed" else tensors
 
     inputs = Inputs(student=side(point.head_dim_s), teacher=side(point.head_dim_t))
@@ -113,7 +127,7 @@ def make_input_sets(point: Point, device: torch.device) -> list[Inputs]:
 
 def evaluate(provider: Provider, point: Point, inputs: Inputs, upstream: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
     """The loss, and in mode forward_backward `upstream` times its gradient by the student's tensors."""
-    arguments = inputs.student, inputs.teacher, point.num_heads, point.relation_names
+    arguments = inputs.student, inputs.teacher, point.num_heads, point.relation_names, point.scale
     if not point.backward:
         with torch.no_grad():
             return provider(*arguments), ()
@@ -180,7 +194,7 @@ def by_formula(
         for heads in (slice(first, first + num_heads) for first in range(0, point.num_heads, num_heads)):
             s, t = ({k: z[image : image + 1, heads].detach().to(dtype) for k, z in side.items()} for side in sides)
             leaves = [z.requires_grad_(point.backward and image in images) for z in s.values()]
-            mean = formula(s, t, point.relation_names)
+            mean = formula(s, t, point.relation_names, point.scale)
             num_rows = s["q"].shape[1] * point.num_tokens
             loss += mean.detach().double() * num_rows / point.num_rows
             if mean.requires_grad:

@@ -1,7 +1,8 @@
 """What relation_loss.py compares: the paper's code, what a user would write, what a user would try next, and ours.
 
-Each takes the student's and the teacher's projections, the number of heads and names such as "qk", and returns the sum
-of the relations' mean row divergences. Peers run under autocast in half precision, as in a training loop.
+Each takes the student's and the teacher's projections, the number of heads, names such as "qk", and a factor on the
+logits (None: D ** -0.5), and returns the sum of the relations' mean row divergences. Peers run under autocast in half
+precision, as in a training loop.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from tinymim_fast.kernels import relation_kl, relation_loss
 
 # (B, N, 3 C), or q, k and v as (B, H, N, D) each.
 Side = Tensor | tuple[Tensor, Tensor, Tensor]
-Provider = Callable[[Side, Side, int, Sequence[str]], Tensor]
+Provider = Callable[[Side, Side, int, Sequence[str], float | None], Tensor]
 
 
 def projections(side: Side, num_heads: int) -> dict[str, Tensor]:
@@ -26,9 +27,9 @@ def projections(side: Side, num_heads: int) -> dict[str, Tensor]:
     return dict(zip("qkv", side))
 
 
-def logits(x: Tensor, y: Tensor) -> Tensor:
+def logits(x: Tensor, y: Tensor, scale: float | None) -> Tensor:
     """(B, H, N, N) scaled products."""
-    return (x @ y.mT) * x.shape[-1] ** -0.5
+    return (x @ y.mT) * (x.shape[-1] ** -0.5 if scale is None else scale)
 
 
 def autocast(side: Side) -> torch.autocast:
@@ -38,36 +39,42 @@ def autocast(side: Side) -> torch.autocast:
     return torch.autocast(z.device.type, dtype=z.dtype if half else None, enabled=half)
 
 
-def formula(student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], relations: Sequence[str]) -> Tensor:
+def formula(
+    student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], relations: Sequence[str], scale: float | None = None
+) -> Tensor:
     """The sum of the relations' mean row divergences, as PyTorch's documentation advises: log_softmax on both sides."""
     loss = 0
     for x, y in relations:
-        log_s = torch.log_softmax(logits(student[x], student[y]), dim=-1)
-        log_t = torch.log_softmax(logits(teacher[x], teacher[y]), dim=-1)
+        log_s = torch.log_softmax(logits(student[x], student[y], scale), dim=-1)
+        log_t = torch.log_softmax(logits(teacher[x], teacher[y], scale), dim=-1)
         loss = loss + nn.functional.kl_div(log_s, log_t, log_target=True, reduction="none").sum(-1).mean()
     return loss
 
 
-def official(student: Side, teacher: Side, num_heads: int, relations: Sequence[str]) -> Tensor:
+def official(
+    student: Side, teacher: Side, num_heads: int, relations: Sequence[str], scale: float | None = None
+) -> Tensor:
     """As the paper's code computes it: softmax twice, then the logarithm of the student's."""
     with autocast(student):
         of_student, of_teacher = projections(student, num_heads), projections(teacher, num_heads)
         kl = nn.KLDivLoss(reduction="none")
         loss = 0
         for x, y in relations:
-            log_s = torch.softmax(logits(of_student[x], of_student[y]), dim=-1).log()
-            p_t = torch.softmax(logits(of_teacher[x], of_teacher[y]), dim=-1)
+            log_s = torch.softmax(logits(of_student[x], of_student[y], scale), dim=-1).log()
+            p_t = torch.softmax(logits(of_teacher[x], of_teacher[y], scale), dim=-1)
             loss = loss + kl(log_s, p_t).sum(-1).mean()
         return loss
 
 
-def eager(student: Side, teacher: Side, num_heads: int, relations: Sequence[str]) -> Tensor:
+def eager(student: Side, teacher: Side, num_heads: int, relations: Sequence[str], scale: float | None = None) -> Tensor:
     """`formula` under autocast."""
     with autocast(student):
-        return formula(projections(student, num_heads), projections(teacher, num_heads), relations)
+        return formula(projections(student, num_heads), projections(teacher, num_heads), relations, scale)
 
 
-def padded(student: Side, teacher: Side, num_heads: int, relations: Sequence[str]) -> Tensor:
+def padded(
+    student: Side, teacher: Side, num_heads: int, relations: Sequence[str], scale: float | None = None
+) -> Tensor:
     """`eager` with N padded to a multiple of 8, so that the rows of the maps are aligned, and the padding masked."""
     with autocast(student):
         of_student, of_teacher = projections(student, num_heads), projections(teacher, num_heads)
@@ -78,7 +85,7 @@ def padded(student: Side, teacher: Side, num_heads: int, relations: Sequence[str
         def log_relation(of_side: Mapping[str, Tensor], x: str, y: str) -> Tensor:
             x, y = (nn.functional.pad(of_side[name], (0, 0, 0, padding)) for name in (x, y))
             # Finite in fp16, and its exponential is 0.
-            return torch.log_softmax(logits(x, y).masked_fill(mask, -3e4), dim=-1)
+            return torch.log_softmax(logits(x, y, scale).masked_fill(mask, -3e4), dim=-1)
 
         loss = 0
         for x, y in relations:
@@ -97,13 +104,17 @@ def compiled(provider: Provider) -> Provider:
 def ours(backend: str) -> Provider:
     """A backend of this package, by whichever public function takes the layout."""
 
-    def loss(student: Side, teacher: Side, num_heads: int, relations: Sequence[str]) -> Tensor:
+    def loss(
+        student: Side, teacher: Side, num_heads: int, relations: Sequence[str], scale: float | None = None
+    ) -> Tensor:
         if isinstance(student, Tensor):
+            assert scale is None, "packed projections have the scale of their width"
             return relation_loss(student, teacher, relation_heads=num_heads, relations=relations, backend=backend)[
                 "loss"
             ]
         s, t = projections(student, num_heads), projections(teacher, num_heads)
-        return sum(relation_kl(s[x], s[y], t[x], t[y], backend=backend) for x, y in relations)
+        scales = {"scale_s": scale, "scale_t": scale}
+        return sum(relation_kl(s[x], s[y], t[x], t[y], **scales, backend=backend) for x, y in relations)
 
     return loss
 

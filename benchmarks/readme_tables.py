@@ -1,4 +1,4 @@
-"""The README's performance, proof and reliability sections, from benchmarks/results and the marks on tests.
+"""The README's performance, study, proof and reliability sections, from benchmarks/results and the marks on tests.
 
 python benchmarks/readme_tables.py        rewrites README.md (make readme-tables)
 
@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import reliability
+import study_report
 from labels import OURS, in_order, label, our_row
 
 ROOT = Path(__file__).parent.parent
@@ -34,6 +35,12 @@ PROOFS = [
     ("DALI views against PIL and torchvision", "tested (CPU decoding)", ["other_gpu_tests"]),
     ("damaged files replaced in training, tar shards", "tested, one and two processes", ["other_gpu_tests"]),
     ("a training step in bf16 on random images", "tested", ["train_step"]),
+    (
+        "CUDA graphs: the teacher's (`--cuda-graphs true`), a user's around the loss",
+        "tested by a stand-in for graphs; no operator that a graph can't hold",
+        ["kernel_tests", "other_gpu_tests"],
+    ),
+    ("attention kernels beside SDPA's choice (`--attention`)", "tested: `sdpa`, `flash`, `math`", ["attention"]),
     ("pre-training, distillation with DeepSpeed, export, k-NN (`make demo`)", "tested", ["demo"]),
     ("ZeRO 0 to 3, exact resume, also on other numbers of ranks", "tested, one to three processes", []),
 ]
@@ -108,12 +115,18 @@ def _ratio(row: Row, ours: Row) -> str:
 def performance(results: Path) -> str:
     """A section for each device and benchmark, GPUs first, and the picture of the first device that has one."""
     rows = read_rows(results)
-    losses = newest(rows, "relation_loss", sweep="presets", mode="forward_backward")
+    paper = [row for row in rows if row.get("preset") in ("B", "S", "T")]
+    losses = newest(paper, "relation_loss", sweep="presets", mode="forward_backward")
     # Rows without a precision are of a look-alike of the step that the loop no longer runs.
     steps = newest((row for row in rows if "precision" in row), "train_step", sweep="pairs")
     loading = newest(rows, "data_loading", sweep="views")
+    inference = newest(rows, "throughput", sweep="runtimes")
     sections = {device: [(loss_section, of_device)] for device, of_device in losses.items()}
-    for section, by_device in ((step_section, steps), (loading_section, loading)):
+    for section, by_device in (
+        (step_section, steps),
+        (loading_section, loading),
+        (throughput_section, inference),
+    ):
         for device, of_device in by_device.items():
             sections.setdefault(device, []).append((section, of_device))
     devices = sorted(sections, key=lambda device: (sections[device][0][1][0]["device_type"] != "cuda", device))
@@ -209,6 +222,30 @@ def loading_section(rows: list[Row]) -> str:
     return _paragraph_and_table(how, table)
 
 
+def throughput_section(rows: list[Row]) -> str:
+    """Images/s of models in inference, and how many times the largest's."""
+    first, ways = rows[0], list(dict.fromkeys((row["runtime"], row["precision"], row["batch_size"]) for row in rows))
+    columns = [
+        by_provider(rows, runtime=runtime, precision=precision, batch_size=size) for runtime, precision, size in ways
+    ]
+    names = {"pytorch": "PyTorch", "onnxruntime": "ONNX"}
+    table = [["", "million weights", *(f"{names[r]} {p}, batch {size}" for r, p, size in ways)]]
+    for provider in dict.fromkeys(row["provider"] for row in rows):
+        cells = []
+        for column in columns:
+            row, largest = column.get(provider, {}), next(iter(column.values()))
+            rate = row.get("images_per_s")
+            ratio = "" if row is largest or not rate else f" ({float(rate) / float(largest['images_per_s']):.1f}x)"
+            cells.append(f"{_number(rate)}{ratio}" if rate else row.get("status", ""))
+        table.append([f"ViT-{provider}", columns[0].get(provider, {}).get("million_parameters", ""), *cells])
+    how = (
+        f"**Inference on {_machine(first)}**: images/s of classifiers of 224 pixels and 1,000 classes, and how many "
+        "times the largest's. Medians of interleaved repeats; each model is first held against itself in fp64. "
+        f"{_made(first, 'throughput')}"
+    )
+    return _paragraph_and_table(how, table)
+
+
 def _paragraph_and_table(text: str, table: list[list[str]]) -> str:
     text = text.replace("`python ", "`python\u00a0")  # commands stay on one line
     text = textwrap.fill(text, 160, break_long_words=False, break_on_hyphens=False).replace("\u00a0", " ")
@@ -270,6 +307,7 @@ def render(readme: str, results: Path) -> str:
     """
     sections = {
         "performance": performance(results),
+        "study": study_report.section(results / "study"),
         "proof": proof(results),
         "reliability": reliability.table(ROOT / "tests", results),
     }

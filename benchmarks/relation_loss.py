@@ -3,6 +3,7 @@
 python benchmarks/relation_loss.py                                   # ViT-B, S and T of the paper; on the GPU if there
 is one python benchmarks/relation_loss.py --sweep all --time-budget 600 --output results.csv
 python benchmarks/relation_loss.py --head-dim-s 32 --head-dim-t 64 --num-tokens 577 --batch-size 64
+python benchmarks/relation_loss.py --preset lightly --sweep presets head-dim    # LightlyTrain's relation, wide heads
 
 Every provider's loss and gradient are first held against the formula in fp64; one that disagrees gets no number.
 Providers run in alternation on inputs that change from step to step. "forward" is the loss without gradient,
@@ -35,7 +36,7 @@ import harness
 import labels
 import roofs
 import sweep
-from loss_point import Point, evaluate, make_input_sets, make_oracle
+from loss_point import LIGHTLY, Point, evaluate, make_input_sets, make_oracle
 from providers import PROVIDERS, Provider
 
 MODES = ("forward", "forward_backward")
@@ -57,6 +58,9 @@ PRESETS = {
     "S": {"num_heads": 12, "head_dim_s": 32, "head_dim_t": 64},
     "T": {"num_heads": 12, "head_dim_s": 16, "head_dim_t": 32},
 }
+# The relation of LightlyTrain's default distillation: one head on whole features of length 1, of the patches alone,
+# softmax(F F^T / 0.07); student and teacher may have other widths.
+WIDE = {"num_heads": 1, "num_tokens": 196, "head_dim_s": 192, "head_dim_t": 768, "layout": "bhnd", "relations": "vv"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +96,7 @@ SCALES = {
     ),
 }
 HEAD_DIMS = (16, 32, 48, 64, 80, 96, 128)
+WIDE_HEAD_DIMS = (192, 384, 768)
 # In the order of what they tell.
 SWEEPS = ("presets", "tokens", "batch", "head-dim", "layout", "dtype")
 
@@ -205,16 +210,17 @@ def plan(args: argparse.Namespace) -> list[Point]:
         for name in ("batch_size", "num_heads", "num_tokens", "head_dim_s", "head_dim_t", "layout")
         if getattr(args, name) is not None
     }
-    custom = bool(flags.keys() & PRESETS["B"].keys())
+    custom, wide = bool(flags.keys() & PRESETS["B"].keys()), args.preset[0] == LIGHTLY
 
     def points(sweep: str, presets: Sequence[str], **values) -> Iterator[Point]:
         for relations in args.relations:
             for preset in presets:
+                of_preset = WIDE if preset == LIGHTLY else {**PRESETS[preset], "relations": relations}
+                name = preset if preset == LIGHTLY or not custom else ""
                 yield Point(
                     sweep=sweep,
-                    relations=relations,
-                    preset="" if custom else preset,
-                    **{"dtype": args.dtype or scale.dtype, **PRESETS[preset], **values, **flags},
+                    preset=name,
+                    **{"dtype": args.dtype or scale.dtype, **of_preset, **values, **flags},
                 )
 
     def swept(sweep: str, **values: Sequence) -> Iterator[Point]:
@@ -230,7 +236,7 @@ def plan(args: argparse.Namespace) -> list[Point]:
         "presets": lambda: points("presets", args.preset[:1] if custom else args.preset, batch_size=scale.batch_size),
         "tokens": lambda: swept("tokens", num_tokens=scale.num_tokens),
         "batch": lambda: swept("batch", batch_size=scale.batch_sizes),
-        "head-dim": lambda: swept("head-dim", head_dim_s=HEAD_DIMS),
+        "head-dim": lambda: swept("head-dim", head_dim_s=WIDE_HEAD_DIMS if wide else HEAD_DIMS),
         "layout": lambda: swept("layout", layout=LAYOUTS),
         "dtype": lambda: swept("dtype", dtype=DTYPES),
     }
@@ -255,7 +261,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     sweep.add_flags(parser, PROVIDERS)
     add = parser.add_argument
-    add("--preset", nargs="+", choices=list(PRESETS), default=list(PRESETS), help="default: all")
+    add("--preset", nargs="+", choices=[*PRESETS, LIGHTLY], default=list(PRESETS), help="default: B S T")
     add("--sweep", nargs="+", choices=[*SWEEPS, "all"], default=["presets"], help="from the first preset")
     add("--modes", nargs="+", choices=MODES, help="default: both for presets, else forward_backward")
     add("--relations", nargs="+", default=["qk+vv"], help="each is timed on its own (default: qk+vv)")

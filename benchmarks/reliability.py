@@ -91,12 +91,16 @@ def _length(values: ast.expr, sizes: dict[str, int]) -> int:
 
 
 def _record(path: Path) -> dict[str, str]:
-    """By fault, the newest row of the trial of record in words."""
+    """By fault, what the trial of record gave on the newest commit that it was tried on, in words."""
     if not path.exists():
         return {}
     with path.open(newline="") as file:
-        rows = {row["fault"]: row for row in csv.DictReader(file)}
-    return {
-        fault: f"{row['tries']} ({row['met']}), {row['failed']} failed; {row['date']}, commit {row['commit']}"
-        for fault, row in rows.items()
-    }
+        rows = list(csv.DictReader(file))
+    commit_of = {row["fault"]: row["commit"] for row in rows}
+    told = {}
+    for fault, commit in commit_of.items():
+        parts = [row for row in rows if (row["fault"], row["commit"]) == (fault, commit)]
+        met = "; ".join(f"{row['part']}: {row['met']}" if row.get("part") else row["met"] for row in parts)
+        tries, failed = (sum(int(row[column]) for row in parts) for column in ("tries", "failed"))
+        told[fault] = f"{tries} ({met}), {failed} failed; {parts[-1]['date']}, commit {commit}"
+    return told

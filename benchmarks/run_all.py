@@ -192,8 +192,11 @@ def parts_of(mode: str, cuda: bool, data_path: str) -> list[Part]:
     rest = [
         benchmark("tune_tiles", "--crossover", name="crossover", needs=["cuda"], figure=last_line),
         timed("relation_loss", *sweeps, name="relation_loss_sweeps", limit_s=180 * patience),
+        timed("relation_loss", "--preset", "lightly", "--sweep", "presets", "head-dim", name="relation_loss_wide"),
+        timed("attention", needs=[*needs, "module:timm"], limit_s=150 * patience, figure=last_line),
         timed(
             "train_step",
+            *("--sweep", "pairs", "settings"),
             needs=[*needs, "module:timm", "module:deepspeed", "module:jsonargparse"],
             limit_s=180 * patience,
         ),
@@ -204,6 +207,7 @@ def parts_of(mode: str, cuda: bool, data_path: str) -> list[Part]:
             limit_s=180 * patience,
             figure=last_line,
         ),
+        timed("throughput", needs=[*needs, "module:timm"], limit_s=100 * patience, figure=last_line),
         benchmark(
             "plot",
             *("{out}/*.csv", "--output-dir", "{out}"),

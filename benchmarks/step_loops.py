@@ -3,7 +3,7 @@
 "official_loop" is as the paper's: autocast over fp32 weights, attention with its N x N maps, the whole teacher,
 materialised relations, the loss read by the host in each step. "plain" is what a user of PyTorch alone would write with
 this package's teacher and loss. "ours" is what `train.py` runs: its task, its DeepSpeed engine, its step, with their
-defaults.
+defaults; "ours, NAME VALUE" the same with one setting changed.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from deepspeed.utils import safe_get_full_grad
@@ -28,7 +29,9 @@ from tinymim_fast.models.checkpoints import load_encoder
 from tinymim_fast.models.vit import create_vit, init_mae_style
 from tinymim_fast.tasks.distill import DistillConfig, build_task
 from tinymim_fast.training.compilation import Compiler, wanted
+from tinymim_fast.training.cuda_graphs import capture_frozen
 from tinymim_fast.training.step import TrainStep
+from tinymim_fast.training.task import Task
 
 Views = tuple[Tensor, ...]
 RECIPES = {"L-B": "tinymim_base", "B-S": "tinymim_small", "S-T": "tinymim_tiny", "B-T": "tinymim_tiny"}
@@ -49,6 +52,7 @@ class Loop:
         gradient: between backward and update, the patch embedding's.
         loss: of both packed projections, alone.
         student: what is trained.
+        teacher_precision: what it was decided to be.
     """
 
     step: Callable[[Iterator[Views]], object]
@@ -59,6 +63,7 @@ class Loop:
     gradient: Callable[[], Tensor]
     loss: Callable[[Tensor, Tensor], Tensor]
     student: nn.Module
+    teacher_precision: str
 
 
 def save_teacher(name: str, img_size: int, folder: Path) -> Path:
@@ -73,9 +78,13 @@ def save_teacher(name: str, img_size: int, folder: Path) -> Path:
 
 
 def config_of(
-    pair: str, folder: Path, *, batch_size: int, precision: str, zero_stage: int, img_size: int
+    pair: str, folder: Path, *, batch_size: int, precision: str, img_size: int, **settings: object
 ) -> DistillConfig:
-    """The recipe's configuration for one pair, with an untrained teacher that is written to `folder`."""
+    """The recipe's configuration for one pair, with an untrained teacher that is written to `folder`.
+
+    Args:
+        settings: other fields of the configuration.
+    """
     of = PAIRS[pair]
     flags = {
         "config": RECIPES[pair],
@@ -86,16 +95,15 @@ def config_of(
         "train_batch_size": batch_size,
         "train_micro_batch_size_per_gpu": batch_size,
         "bf16": str(precision == "bf16").lower(),
-        "teacher_precision": precision,
-        "zero_stage": zero_stage,
         "img_size": img_size,
         "data_path": "none",
         "output_dir": "none",
+        **settings,
     }
     return parse(DistillConfig, [f"--{name}={value}" for name, value in flags.items()], "train_step.py")
 
 
-def ours(config: DistillConfig, world: World, opened: ExitStack) -> Loop:
+def as_trained(config: DistillConfig, world: World, opened: ExitStack) -> tuple[Task, engines.Engine, TrainStep]:
     """What `train.py` runs: task, engine and step, compiled where a run is; the compiler is closed with `opened`."""
     torch.manual_seed(config.seed)
     task = build_task(config, world, None)
@@ -105,17 +113,35 @@ def ours(config: DistillConfig, world: World, opened: ExitStack) -> Loop:
     ds_config = deepspeed_config(batches, **settings)
     regions = task.regions if wanted(config.compile, world.device) else ()
     opened.enter_context(Compiler()).compile(regions)
+    shape = batches.micro_batch_size, 3, config.img_size, config.img_size
+    capture_frozen(config.cuda_graphs, task.frozen, world.device, shape)
     engine = engines.Engine(task.model, ds_config, world, lr_at=lambda step: LR, regions=regions, **optimizer)
+    return (
+        task,
+        engine,
+        TrainStep(engine, task.prepare, parts=task.parts, accumulation_steps=batches.accumulation_steps),
+    )
+
+
+def ours(config: DistillConfig, world: World, opened: ExitStack) -> Loop:
+    """`as_trained`, of one student."""
+    task, engine, step = as_trained(config, world, opened)
     return Loop(
-        step=TrainStep(engine, task.prepare, parts=task.parts, accumulation_steps=batches.accumulation_steps),
+        step=step,
         prepare=lambda views: task.prepare(tuple(view.to(engine.dtype) for view in views)),
         forward=lambda *inputs: engine.forward(*inputs)["loss"],
         backward=engine.backward,
         update=engine.step,
         gradient=lambda: safe_get_full_grad(task.model.student.model.patch_embed.proj.weight),
-        loss=lambda qkv_s, qkv_t: task.model.loss(qkv_s, qkv_t)["loss"],
+        loss=lambda qkv_s, qkv_t: task.model.targets["relations"]((qkv_s,), (qkv_t,))["loss"],
         student=task.model.student,
+        teacher_precision=task.frozen.settings["teacher_precision"],
     )
+
+
+def with_setting(name: str, value: Any) -> Callable[[DistillConfig, World, ExitStack], Loop]:
+    """`ours` with another value of one field of the configuration."""
+    return lambda config, world, opened: ours(replace(config, **{name: value}), world, opened)
 
 
 def plain(config: DistillConfig, world: World, opened: ExitStack) -> Loop:
@@ -127,7 +153,8 @@ def plain(config: DistillConfig, world: World, opened: ExitStack) -> Loop:
         world,
         task.model.student.to(world.device),
         prepare=lambda views: task.prepare(tuple(view.to(dtype) for view in views)),
-        loss=lambda qkv_s, qkv_t: task.model.loss(qkv_s, qkv_t)["loss"],
+        loss=lambda qkv_s, qkv_t: task.model.targets["relations"]((qkv_s,), (qkv_t,))["loss"],
+        teacher_precision=task.frozen.settings["teacher_precision"],
     )
     return replace(loop, step=partial(whole_step, loop))
 
@@ -155,17 +182,24 @@ def as_the_paper(config: DistillConfig, world: World, opened: ExitStack) -> Loop
     def loss(qkv_s: Tensor, qkv_t: Tensor) -> Tensor:
         return official(qkv_s, qkv_t, config.relation_heads, RELATIONS)
 
-    loop = under_autocast(config, world, student, prepare=prepare, loss=loss)
+    precision = "bf16" if config.bf16 else "fp32"
+    loop = under_autocast(config, world, student, prepare=prepare, loss=loss, teacher_precision=precision)
     return replace(loop, step=step)
 
 
 def under_autocast(
-    config: DistillConfig, world: World, student: nn.Module, *, prepare: Callable, loss: Callable
+    config: DistillConfig,
+    world: World,
+    student: nn.Module,
+    *,
+    prepare: Callable,
+    loss: Callable,
+    teacher_precision: str,
 ) -> Loop:
     """A loop without `step`, whose models and loss run under autocast."""
     autocast = torch.autocast(world.device.type, dtype=torch.bfloat16, enabled=config.bf16)
     groups = engines.parameter_groups(student.parameters(), config.weight_decay)
-    adamw = torch.optim.AdamW(groups, lr=LR, betas=config.opt_betas, fused=world.device.type == "cuda")
+    adamw = torch.optim.AdamW(groups, lr=LR, betas=config.opt_betas, fused=True)
 
     def forward(images: Tensor, qkv_t: Tensor) -> Tensor:
         (qkv_s,) = student(images).values()
@@ -184,6 +218,7 @@ def under_autocast(
         gradient=lambda: student.model.patch_embed.proj.weight.grad,
         loss=autocast(loss),
         student=student,
+        teacher_precision=teacher_precision,
     )
 
 
@@ -197,7 +232,15 @@ def whole_step(loop: Loop, views: Iterator[Views]) -> Tensor:
     return loss.detach()
 
 
+# One setting at a time; who can't run on a device is a row that says why.
+SETTINGS: dict[str, tuple[Any, ...]] = {
+    "compile": (True, False),
+    "attention": ("sdpa", "math", "flash", "cudnn", "efficient", "xformers"),
+    "teacher_precision": ("fp32", "bf16", "int8", "fp8"),
+    "cuda_graphs": (True,),
+}
 PROVIDERS = {"official_loop": as_the_paper, "plain": plain, "ours": ours}
+VARIANTS = {f"ours, {name} {value}".lower(): with_setting(name, value) for name, of in SETTINGS.items() for value in of}
 
 
 def synchronize(device: torch.device) -> None:

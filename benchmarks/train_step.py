@@ -3,11 +3,13 @@
 python benchmarks/train_step.py                                  # the recipes on a GPU, the small pairs on a CPU
 python benchmarks/train_step.py --pairs B-S --precisions bf16 --batch-sizes 512 --output train_step.csv
 python benchmarks/train_step.py --sweep zero batch data          # ZeRO stages, batch sizes, images from the loader
+python benchmarks/train_step.py --sweep students                 # two students of one teacher pass, or one by one
+python benchmarks/train_step.py --sweep settings                 # compile, attention, teacher's precision, CUDA graph
 
 Providers (step_loops.py) take turns, on three batches in rotation: "official_loop", as the paper's; "plain", a
 PyTorch loop with this package's teacher and loss; "ours", what `train.py` runs. One whose loss or gradient of the patch
-embedding is further from the step in fp64 than plain PyTorch's in the same dtype, by the rule of the tests, gets no
-number.
+embedding is further from the step in fp64 than plain PyTorch's in the same dtypes of student and teacher, by the rule
+of the tests, gets no number; int8 and fp8 teachers are held to bf16's.
 """
 
 from __future__ import annotations
@@ -27,28 +29,31 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo
 from torch import Tensor
 
 import harness
 import roofs
 import sweep
 from providers import formula, projections
-from step_loops import PRECISIONS, PROVIDERS, Loop, Views, config_of, synchronize
+from step_loops import PRECISIONS, PROVIDERS, VARIANTS, Loop, Views, config_of, synchronize
 from step_roofs import PAIRS, RELATIONS
+from step_students import STUDENTS, measure_students
 from tinymim_fast import engine as engines
 from tinymim_fast.data import build_loader, find_images
 from tinymim_fast.data.loader import TrainLoader
 from tinymim_fast.distributed import World
-from tinymim_fast.tasks.distill import DistillConfig, build_task, build_teacher
+from tinymim_fast.models.taps import Place, Taps
+from tinymim_fast.tasks.distill import DistillConfig, build_task, load_teacher
 from tinymim_fast.training.task import train_view
 
-SWEEPS = ("pairs", "zero", "batch", "data")
+SWEEPS = ("pairs", "settings", "zero", "batch", "data", "students")
 PARTS = ("data_ms", "teacher_ms", "forward_ms", "backward_ms", "optimizer_ms")
 # Columns of a row behind its status. The parts are of steps on their own, with the device waited for between them;
 # data_ms is the wait for a batch in the steps that are timed. loss_ms is the loss and its gradient alone, part of
@@ -56,7 +61,7 @@ PARTS = ("data_ms", "teacher_ms", "forward_ms", "backward_ms", "optimizer_ms")
 # this device's measured products, floor_share is floor_ms / step_ms.
 COLUMNS = (
     *(*sweep.TIMES, "images_per_s", "peak_extra_mib", *PARTS, "loss_ms"),
-    *("tflop_per_s", "matmul_share", "floor_share", "floor_ms", "loss_error", "grad_error"),
+    *("tflop_per_s", "matmul_share", "floor_share", "floor_ms", "teacher_dtype", "loss_error", "grad_error"),
 )
 SHOWN = [
     ("images/s", "images_per_s", "{:.2f}".format),
@@ -69,6 +74,7 @@ SHOWN = [
     ("backward", "backward_ms", "{:.4g}".format),
     ("optimizer", "optimizer_ms", "{:.4g}".format),
     ("loss", "loss_ms", "{:.4g}".format),
+    ("teacher is", "teacher_dtype", str),
     ("extra MiB", "peak_extra_mib", "{:.0f}".format),
     ("of matmul", "matmul_share", "{:.0%}".format),
     ("of floor", "floor_share", "{:.0%}".format),
@@ -77,19 +83,27 @@ SHOWN = [
 
 @dataclass(frozen=True, kw_only=True)
 class Point(sweep.Point):
-    """What is measured; ZeRO is ours alone, and so are images that the loader draws from JPEGs."""
+    """What is measured; ZeRO is ours alone, and so are images that the loader draws from JPEGs.
+
+    The teacher's precision is not the official loop's, whose teacher has the student's. `compared` is "loops", or
+    "settings" of ours beside the official loop.
+    """
 
     benchmark: str = "train_step"
     sweep: str = "pairs"
     pair: str
     precision: str = "bf16"
+    teacher_precision: str = "auto"
     zero_stage: int = 1
     batch_size: int
     img_size: int = 224
     data: str = "random"
+    compared: str = "loops"
 
     def __str__(self) -> str:
-        return f"{self.pair} {self.precision}, ZeRO {self.zero_stage}, batch {self.batch_size}, {self.data} images"
+        teacher = "" if self.teacher_precision == "auto" else f", teacher {self.teacher_precision}"
+        batch = f"batch {self.batch_size}, {self.data} images"
+        return f"{self.pair} {self.precision}{teacher}, ZeRO {self.zero_stage}, {batch}"
 
 
 class Waited:
@@ -121,34 +135,42 @@ def loaded(config: DistillConfig, world: World, folder: Path, workers: int) -> T
 
 
 def by_formula(
-    config: DistillConfig, world: World, views: Views, dtypes: Sequence[torch.dtype]
+    config: DistillConfig, world: World, views: Views, dtypes: Sequence[tuple[torch.dtype, torch.dtype]]
 ) -> list[tuple[Tensor, Tensor]]:
-    """Loss and gradient of the patch embedding by the formula, in one dtype throughout: for each of `dtypes`."""
+    """Loss and gradient of the patch embedding by the formula, for each pair of the student's and teacher's dtypes."""
     torch.manual_seed(config.seed)
     student = build_task(replace(config, attention="math"), world, None).model.student.to(world.device).eval()
-    teacher, _, heads = build_teacher(config)
+    teacher, heads = Taps(load_teacher(config)[0], [Place("qkv", config.target_block)]), config.relation_heads
     teacher.to(world.device).eval()
-    results = []
-    for dtype in dtypes:  # fp64 first holds what fp32 was
-        teacher_view, student_view = (view.to(dtype) for view in views)
+    results, tapped = [], {}
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):  # each holds what the next one needs
         with torch.no_grad():
-            (qkv_t,) = teacher.to(dtype)(teacher_view).values()
-        (qkv_s,) = student.to(dtype)(student_view).values()
-        loss = formula(projections(qkv_s, heads), projections(qkv_t, heads), RELATIONS)
+            (tapped[dtype],) = teacher.to(dtype)(views[0].to(dtype)).values()
+    for dtype_s, dtype_t in dtypes:  # fp64 first holds what fp32 was
+        (qkv_s,) = student.to(dtype_s)(views[1].to(dtype_s)).values()
+        loss = formula(projections(qkv_s, heads), projections(tapped[dtype_t], heads), RELATIONS)
         results.append((loss.detach(), torch.autograd.grad(loss, student.model.patch_embed.proj.weight)[0]))
     return results
 
 
 def gate(
-    loop: Loop, views: Views, exact: Sequence[Tensor], allowed: Sequence[float], dtype: torch.dtype
+    loop: Loop,
+    views: Views,
+    exact: Sequence[Tensor],
+    allowed: Mapping[torch.dtype, Sequence[float]],
+    dtype: torch.dtype,
 ) -> dict[str, Any]:
     """Columns: the errors without drop path, and whether the rule of the tests lets them pass.
 
     Args:
         views: the images of `exact` again and again, whose loss and gradient the batch then has: fp64 would not fit.
         exact: from `by_formula` in fp64.
-        allowed: the errors of `by_formula` in `dtype`.
+        allowed: the errors of `by_formula` in `dtype`, by the dtype of the teacher.
+        dtype: the student's.
     """
+    dtype_t = PRECISIONS.get(loop.teacher_precision, torch.bfloat16)
+    plain = allowed[dtype_t]
+    lower = max((dtype, dtype_t), key=harness.FLOORS.__getitem__)
     loop.student.eval()
     with torch.no_grad():
         inputs = loop.prepare(views)
@@ -159,9 +181,10 @@ def gate(
     loop.student.train()
     errors = [harness.relative_error(a, b) for a, b in zip(found, exact)]
     columns = {name: float(f"{error:.2e}") for name, error in zip(("loss_error", "grad_error"), errors)}
-    if all(harness.passes_gate(error, plain_error, dtype) for error, plain_error in zip(errors, allowed)):
+    columns["teacher_dtype"] = loop.teacher_precision
+    if all(harness.passes_gate(error, plain_error, lower) for error, plain_error in zip(errors, plain)):
         return {**columns, "status": harness.OK}
-    detail = "plain PyTorch's errors: " + ", ".join(f"{error:.1e}" for error in allowed)
+    detail = "plain PyTorch's errors: " + ", ".join(f"{error:.1e}" for error in plain)
     return {**columns, "status": harness.FAILED_GATE, "detail": detail}
 
 
@@ -200,7 +223,8 @@ def measure(
 ) -> dict[str, dict[str, Any]]:
     """The columns of each provider; teachers and images go to `folder`, loaders are closed with `opened`."""
     device, dtype, pair = world.device, PRECISIONS[point.precision], PAIRS[point.pair]
-    options = {name: getattr(point, name) for name in ("batch_size", "precision", "zero_stage", "img_size")}
+    names = "batch_size", "precision", "teacher_precision", "zero_stage", "img_size"
+    options = {name: getattr(point, name) for name in names}
     config = config_of(point.pair, folder, **options)
     generator = torch.Generator(device).manual_seed(2)
     as_loaded = torch.float16 if config.bf16 and device.type == "cuda" else torch.float32
@@ -210,8 +234,9 @@ def measure(
         return tuple(torch.randn(shape, device=device, generator=generator).to(as_loaded) for _ in range(2))
 
     few = views(2 - point.batch_size % 2)
-    exact, in_dtype = by_formula(config, world, few, (torch.float64, dtype))
-    allowed = [harness.relative_error(a, b) for a, b in zip(in_dtype, exact)]
+    teachers = torch.float32, torch.bfloat16
+    exact, *in_dtypes = by_formula(config, world, few, [(torch.float64,) * 2, *((dtype, t) for t in teachers)])
+    allowed = {t: [harness.relative_error(a, b) for a, b in zip(of, exact)] for t, of in zip(teachers, in_dtypes)}
     repeated = tuple(view.repeat(point.batch_size // len(few[0]), 1, 1, 1) for view in few)
 
     loops: dict[str, Loop] = {}
@@ -221,7 +246,7 @@ def measure(
         batches = Waited(loader.batches(0, 10**6))
 
     def checked(name: str) -> dict[str, Any]:
-        loops[name] = PROVIDERS[name](config, world, opened)
+        loops[name] = (PROVIDERS | VARIANTS)[name](config, world, opened)
         return gate(loops[name], repeated, exact, allowed, dtype)
 
     timing = {"device": device, "num_repeats": num_repeats}
@@ -264,9 +289,11 @@ def plan(args: argparse.Namespace) -> list[Point]:
     base = Point(pair=args.pairs[0], precision=args.precisions[0], batch_size=args.batch_sizes[0])
     points = {
         "pairs": [replace(base, pair=pair, precision=p) for p in args.precisions for pair in args.pairs],
+        "settings": [replace(base, sweep="settings", compared="settings")],
         "zero": [replace(base, sweep="zero", zero_stage=stage) for stage in (0, 1, 2, 3)],
         "batch": [replace(base, sweep="batch", batch_size=size) for size in args.batch_sizes],
         "data": [replace(base, sweep="data", data=data) for data in ("random", "loaded")],
+        "students": [replace(base, sweep="students", pair=STUDENTS, precision=p) for p in args.precisions],
     }
     return [point for name in SWEEPS if name in args.sweep for point in points[name]]
 
@@ -275,11 +302,12 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Flags, with args.points as planned from them."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    sweep.add_flags(parser, PROVIDERS)
+    sweep.add_flags(parser, PROVIDERS | VARIANTS)
     add = parser.add_argument
     add("--sweep", nargs="+", choices=SWEEPS, default=["pairs"], help="default: pairs")
     add("--pairs", nargs="+", choices=list(PAIRS), help="default: the recipes on a GPU, S-T and B-T on a CPU")
     add("--precisions", nargs="+", choices=list(PRECISIONS), help="default: bf16, and on a CPU fp32 too")
+    add("--teacher-precision", choices=["auto", "fp32", "bf16", "int8", "fp8"], default="auto", help="default: auto")
     add("--batch-sizes", nargs="+", type=sweep.positive, help="the first for all sweeps (default: 256; 16 on a CPU)")
     add("--img-size", type=sweep.positive, default=224)
     add("--seconds-per-point", type=float, help="how long to repeat (default: 6 on a GPU, 30 on a CPU)")
@@ -290,23 +318,30 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     args.precisions = args.precisions or (["bf16"] if cuda else ["bf16", "fp32"])
     args.batch_sizes = args.batch_sizes or ([256, 64, 128, 512] if cuda else [16, 4])
     args.seconds_per_point = args.seconds_per_point or (6.0 if cuda else 30.0)
-    args.points = [replace(point, img_size=args.img_size) for point in plan(args)]
+    options = {"img_size": args.img_size, "teacher_precision": args.teacher_precision}
+    args.points = [replace(point, **options) for point in plan(args)]
     return args
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print, and write the rows; the exit code."""
     args = parse_args(arguments)
+    torch._dynamo.config.recompile_limit = 64  # providers compile the same blocks, each for its own settings
     logging.getLogger("tinymim_fast").setLevel(logging.ERROR)  # an untrained teacher's file says nothing of its heads
     results = sweep.Results(args.output, args.device)
     print(", ".join(f"{name} {value}" for name, value in results.environment.items() if value != ""))
     # One process on the device that was asked for, whatever the launcher's accelerator is.
     world = replace(engines.start(), device=args.device)
 
+    settings = ["official_loop", "ours", *VARIANTS]
+
     def measured(point: Point) -> dict[str, dict[str, Any]]:
-        names = args.providers or (["ours"] if point.sweep in ("zero", "data") else list(PROVIDERS))
+        of_point = ["ours"] if point.sweep in ("zero", "data") else list(PROVIDERS)
+        names = args.providers or (settings if point.compared == "settings" else of_point)
         timing = {"seconds": args.seconds_per_point, "num_repeats": args.num_repeats}
         with contextlib.ExitStack() as opened:
+            if point.sweep == "students":
+                return measure_students(point, world, Path(scratch), opened, **timing)
             return measure(point, names, world, Path(scratch), opened, **timing)
 
     interrupted = False

@@ -40,6 +40,7 @@ def relation_kl(
     row_weights: Tensor | None = None,
     d_x: Tensor | None = None,
     d_y: Tensor | None = None,
+    gradient_scale: float = 1.0,
 ) -> Tensor | None:
     """Row losses KL(teacher row || student row); the student's gradient is written into `d_x` and `d_y`.
 
@@ -51,6 +52,7 @@ def relation_kl(
         row_weights: (B, H, N), the upstream gradient of the rows; None for 1.
         d_x, d_y: (B, H, N, D_s) of any strides and dtype, overwritten; None where no gradient is wanted. One
             tensor given as both receives the sum, which is the gradient where x_s is y_s.
+        gradient_scale: a factor on the gradient, taken in the working dtype.
 
     Returns:
         (B, H, N) row losses, 0 beyond the length; fp64 where an input is fp64, else fp32. None with `row_weights`:
@@ -72,6 +74,7 @@ def relation_kl(
             row_weights=row_weights,
             d_x=d_x,
             d_y=d_y,
+            gradient_scale=gradient_scale,
         )
     num_images, num_heads, num_tokens, _ = x_s.shape
     dtype = working_dtype(x_s, x_t)
@@ -79,6 +82,7 @@ def relation_kl(
     padding = None if lengths is None else padding_mask(lengths, num_tokens)[:, None].expand(rows.shape)
 
     chunk_images, chunk_heads = chunk_shape(rows)
+    scale_d = scale_s * gradient_scale
     maps = rows.new_empty(3, chunk_images * chunk_heads, num_tokens, num_tokens)
 
     with torch.autocast(x_s.device.type, enabled=False):
@@ -103,12 +107,12 @@ def relation_kl(
                 d_logits.masked_fill_(pad[..., None], 0)
             if d_x is d_y:
                 gradient = torch.bmm(d_logits, ys).baddbmm_(d_logits.mT, xs)
-                d_x[chunk] = gradient.mul_(scale_s).view(d_x[chunk].shape)
+                d_x[chunk] = gradient.mul_(scale_d).view(d_x[chunk].shape)
                 continue
             if d_x is not None:
-                d_x[chunk] = torch.bmm(d_logits, ys).mul_(scale_s).view(d_x[chunk].shape)
+                d_x[chunk] = torch.bmm(d_logits, ys).mul_(scale_d).view(d_x[chunk].shape)
             if d_y is not None:
-                d_y[chunk] = torch.bmm(d_logits.mT, xs).mul_(scale_s).view(d_y[chunk].shape)
+                d_y[chunk] = torch.bmm(d_logits.mT, xs).mul_(scale_d).view(d_y[chunk].shape)
 
     if row_weights is not None:
         return None
@@ -123,6 +127,7 @@ def packed_relation_kl(
     *,
     lengths: Tensor | None = None,
     d_qkv: Tensor | None = None,
+    gradient_scale: float = 1.0,
 ) -> list[Tensor]:
     """Row losses (B, H, N) of each relation; the student's gradient is written into `d_qkv`.
 
@@ -131,6 +136,7 @@ def packed_relation_kl(
         relations: of "qk", "vv", "qq" and "kk", no two with a projection in common.
         lengths: as for relation_kl.
         d_qkv: place for the gradient, like `qkv_s`; None where none is wanted. What belongs to no relation is left.
+        gradient_scale: as for relation_kl.
     """
     student, teacher = projections(qkv_s, relation_heads), projections(qkv_t, relation_heads)
     places = {} if d_qkv is None else projections(d_qkv, relation_heads)
@@ -145,6 +151,7 @@ def packed_relation_kl(
             lengths=lengths,
             d_x=places.get(x),
             d_y=places.get(y),
+            gradient_scale=gradient_scale,
         )
         for x, y in relations
     ]

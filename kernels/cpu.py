@@ -49,7 +49,7 @@ class _Problem(ctypes.Structure):
         *((name, _Tensor) for name in ("x_s", "y_s", "x_t", "y_t", "d_x", "d_y")),
         *((name, ctypes.c_void_p) for name in ("rows", "weights", "lengths")),
         *((name, ctypes.c_int64) for name in ("num_images", "num_heads", "num_tokens", "width_s", "width_t")),
-        *((name, ctypes.c_double) for name in ("scale_s", "scale_t")),
+        *((name, ctypes.c_double) for name in ("scale_s", "scale_t", "gradient_scale")),
         ("num_threads", ctypes.c_int64),
     ]
 
@@ -73,13 +73,14 @@ def relation_kl(
     row_weights: Tensor | None = None,
     d_x: Tensor | None = None,
     d_y: Tensor | None = None,
+    gradient_scale: float = 1.0,
 ) -> Tensor | None:
     """As chunked.relation_kl, of tensors that it `takes`.
 
     Memory: a thread holds one head's projections, their transposes and 32 rows of both maps. Deterministic,
         whatever the number of threads; heads are shared out among them.
     """
-    return _call(_library(), x_s, y_s, x_t, y_t, scale_s, scale_t, lengths, row_weights, d_x, d_y)
+    return _call(_library(), x_s, y_s, x_t, y_t, scale_s, scale_t, lengths, row_weights, d_x, d_y, gradient_scale)
 
 
 def _call(
@@ -94,6 +95,7 @@ def _call(
     row_weights: Tensor | None,
     d_x: Tensor | None,
     d_y: Tensor | None,
+    gradient_scale: float = 1.0,
 ) -> Tensor | None:
     num_images, num_heads, num_tokens, width_s = x_s.shape
     dtype = working_dtype(x_s, x_t)
@@ -104,7 +106,7 @@ def _call(
         *map(_Tensor.of, (x_s, y_s, x_t, y_t, d_x, d_y)),
         *(None if z is None else z.data_ptr() for z in (rows, row_weights, lengths)),
         *(num_images, num_heads, num_tokens, width_s, x_t.shape[3]),
-        *(scale_s, scale_t, torch.get_num_threads()),
+        *(scale_s, scale_t, gradient_scale, torch.get_num_threads()),
     )
     if getattr(library, f"relation_kl_{str(dtype).removeprefix('torch.')}")(ctypes.byref(problem)):
         raise MemoryError("the relation loss has no room for one head a thread")

@@ -28,6 +28,7 @@ constexpr int VECTOR_BYTES = 32, TILE_ROWS = 4;  // 16 registers: 12 sums, 3 col
 constexpr int VECTOR_BYTES = 16, TILE_ROWS = 8;
 #endif
 constexpr int64_t BLOCK = 32;  // query rows
+constexpr int64_t DEPTH = 256; // terms of a sum that are added one by one; more are sums of such sums, which err less
 constexpr int64_t PAD = 16;    // columns are padded to multiples of this many numbers, 64 bytes in fp32
 
 #if defined(__FLT16_MAX__) && defined(__FLT16_MANT_DIG__)
@@ -95,10 +96,11 @@ inline double exp_of(double x) {
     return x < -708.0 ? 0.0 : p * power;
 }
 
-// c[r][:] (+)= sum_k a(r, k) b[k][:], for R rows and C vectors; a(r, k) lies at r * a_row + k * a_k.
+// c[r][:] (+)= sum_k a(r, k) b[k][:], for R rows and C vectors; a(r, k) lies at r * a_row + k * a_k. What is added to
+// comes first in the sum, or `last`.
 template <typename T, int R, int C>
 inline void tile(const T* a, int64_t a_row, int64_t a_k, const T* b, int64_t b_row, T* c, int64_t c_row, int64_t depth,
-                 bool add) {
+                 bool add, bool last) {
     typedef typename Lanes<T>::Vector Vector;
     constexpr int lanes = Lanes<T>::count;
     Vector sums[R][C];
@@ -106,7 +108,7 @@ inline void tile(const T* a, int64_t a_row, int64_t a_k, const T* b, int64_t b_r
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
         for (int v = 0; v < C; ++v)
-            sums[r][v] = add ? *reinterpret_cast<const Vector*>(c + r * c_row + v * lanes) : Vector{};
+            sums[r][v] = add && !last ? *reinterpret_cast<const Vector*>(c + r * c_row + v * lanes) : Vector{};
     for (int64_t k = 0; k < depth; ++k) {
         Vector columns[C];
 #pragma GCC unroll 8
@@ -121,7 +123,10 @@ inline void tile(const T* a, int64_t a_row, int64_t a_k, const T* b, int64_t b_r
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
-        for (int v = 0; v < C; ++v) *reinterpret_cast<Vector*>(c + r * c_row + v * lanes) = sums[r][v];
+        for (int v = 0; v < C; ++v) {
+            Vector* place = reinterpret_cast<Vector*>(c + r * c_row + v * lanes);
+            *place = last ? *place + sums[r][v] : sums[r][v];
+        }
 }
 
 // c (+)= a b: rows a multiple of TILE_ROWS, columns one of PAD.
@@ -132,15 +137,19 @@ void product(const T* a, int64_t a_row, int64_t a_k, const T* b, int64_t b_row, 
     int64_t left = columns / lanes;
     for (int64_t j = 0; left > 0;) {
         const int64_t vectors = left >= 5 || left == 3 ? 3 : std::min<int64_t>(left, 2);
-        for (int64_t i = 0; i < rows; i += TILE_ROWS) {
-            const T* a_tile = a + i * a_row;
-            T* c_tile = c + i * c_row + j;
-            if (vectors == 3)
-                tile<T, TILE_ROWS, 3>(a_tile, a_row, a_k, b + j, b_row, c_tile, c_row, depth, add);
-            else if (vectors == 2)
-                tile<T, TILE_ROWS, 2>(a_tile, a_row, a_k, b + j, b_row, c_tile, c_row, depth, add);
-            else
-                tile<T, TILE_ROWS, 1>(a_tile, a_row, a_k, b + j, b_row, c_tile, c_row, depth, add);
+        for (int64_t k = 0; k < depth; k += DEPTH) {
+            const int64_t terms = std::min(DEPTH, depth - k);
+            const T* b_tile = b + k * b_row + j;
+            for (int64_t i = 0; i < rows; i += TILE_ROWS) {
+                const T* a_tile = a + i * a_row + k * a_k;
+                T* c_tile = c + i * c_row + j;
+                if (vectors == 3)
+                    tile<T, TILE_ROWS, 3>(a_tile, a_row, a_k, b_tile, b_row, c_tile, c_row, terms, add, k > 0);
+                else if (vectors == 2)
+                    tile<T, TILE_ROWS, 2>(a_tile, a_row, a_k, b_tile, b_row, c_tile, c_row, terms, add, k > 0);
+                else
+                    tile<T, TILE_ROWS, 1>(a_tile, a_row, a_k, b_tile, b_row, c_tile, c_row, terms, add, k > 0);
+            }
         }
         j += vectors * lanes;
         left -= vectors;
@@ -193,7 +202,7 @@ struct Problem {
     char *rows, *weights;                 // (B, H, N) in the working dtype, or null
     const int64_t* lengths;               // (B,), or null
     int64_t num_images, num_heads, num_tokens, width_s, width_t;
-    double scale_s, scale_t;
+    double scale_s, scale_t, gradient_scale;  // the last of the gradient, before it is rounded
     int64_t num_threads;
 };
 
@@ -222,22 +231,22 @@ void load_row(const Tensor& z, int64_t b, int64_t h, int64_t i, int64_t width, T
 }
 
 template <typename T>
-void store_row(const Tensor& z, int64_t b, int64_t h, int64_t i, int64_t width, const T* values) {
+void store_row(const Tensor& z, int64_t b, int64_t h, int64_t i, int64_t width, T scale, const T* values) {
     char* row = row_of(z, b, h, i);
     if (z.dtype == 0) {
-        for (int64_t d = 0; d < width; ++d) reinterpret_cast<float*>(row)[d] = static_cast<float>(values[d]);
+        for (int64_t d = 0; d < width; ++d) reinterpret_cast<float*>(row)[d] = static_cast<float>(values[d] * scale);
     } else if (z.dtype == 1) {
-        for (int64_t d = 0; d < width; ++d) reinterpret_cast<double*>(row)[d] = static_cast<double>(values[d]);
+        for (int64_t d = 0; d < width; ++d) reinterpret_cast<double*>(row)[d] = static_cast<double>(values[d] * scale);
     } else if (z.dtype == 2) {
         for (int64_t d = 0; d < width; ++d) {  // to the nearest, ties to even; a NaN stays one
-            const float value = static_cast<float>(values[d]);
+            const float value = static_cast<float>(values[d] * scale);
             uint32_t bits;
             std::memcpy(&bits, &value, sizeof(bits));
             const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
             reinterpret_cast<uint16_t*>(row)[d] = static_cast<uint16_t>(value == value ? rounded : 0x7fc0u);
         }
     } else {
-        for (int64_t d = 0; d < width; ++d) reinterpret_cast<Half*>(row)[d] = static_cast<Half>(values[d]);
+        for (int64_t d = 0; d < width; ++d) reinterpret_cast<Half*>(row)[d] = static_cast<Half>(values[d] * scale);
     }
 }
 
@@ -279,6 +288,7 @@ void one_map(const Problem& p, Scratch<T>& s, int64_t b, int64_t h) {
     const bool want_x = p.d_x.data, want_y = p.d_y.data, joint = want_x && p.d_x.data == p.d_y.data;
     const int64_t offset = (b * p.num_heads + h) * p.num_tokens;
     T* rows = p.rows ? reinterpret_cast<T*>(p.rows) + offset : nullptr;
+    const T scale = T(p.gradient_scale);
     const T* weights = p.weights ? reinterpret_cast<const T*>(p.weights) + offset : nullptr;
 
     load(p.y_t, b, h, n, p.num_tokens, p.width_t, s.x_t, s.yt_t);  // x_t is its scratch
@@ -305,16 +315,17 @@ void one_map(const Problem& p, Scratch<T>& s, int64_t b, int64_t h) {
             product(s.b, stride, int64_t(1), s.y_s, s_width, s.d_y + first * s_width, s_width, tiles, s_width, n, true);
         } else if (want_x) {
             product(s.b, stride, int64_t(1), s.y_s, s_width, s.d_x, s_width, tiles, s_width, n, false);
-            for (int64_t i = 0; i < count; ++i) store_row(p.d_x, b, h, first + i, p.width_s, s.d_x + i * s_width);
+            for (int64_t i = 0; i < count; ++i)
+                store_row(p.d_x, b, h, first + i, p.width_s, scale, s.d_x + i * s_width);
         }
     }
     for (int64_t i = n; rows && i < p.num_tokens; ++i) rows[i] = T(0);
     if (want_y)
-        for (int64_t i = 0; i < n; ++i) store_row(p.d_y, b, h, i, p.width_s, s.d_y + i * s_width);
+        for (int64_t i = 0; i < n; ++i) store_row(p.d_y, b, h, i, p.width_s, scale, s.d_y + i * s_width);
     std::fill(s.d_x, s.d_x + s_width, T(0));
     for (int64_t i = n; i < p.num_tokens; ++i) {
-        if (want_x) store_row(p.d_x, b, h, i, p.width_s, s.d_x);
-        if (want_y) store_row(p.d_y, b, h, i, p.width_s, s.d_x);
+        if (want_x) store_row(p.d_x, b, h, i, p.width_s, scale, s.d_x);
+        if (want_y) store_row(p.d_y, b, h, i, p.width_s, scale, s.d_x);
     }
 }
 

@@ -43,38 +43,44 @@ def mean_rows(rows: Tensor | list[Tensor], lengths: Tensor | None) -> Tensor:
     return torch.stack([reduce_rows(of_one, lengths, "mean") for of_one in rows])
 
 
-def mean_is_folded(backend: str, dtype: torch.dtype, lengths: Tensor | None) -> bool:
+def mean_is_folded(dtype: torch.dtype, lengths: Tensor | None) -> bool:
     """Whether the forward pass writes the gradient of the mean, so that the backward pass has nothing to multiply.
 
     Elsewhere it writes that of the sum: 1 / (B H N) underflows in fp16, and with `lengths` only the device knows it.
     """
-    return backend == "triton" and dtype != torch.float16 and lengths is None
-
-
-def folding(folded: bool, num_rows: int) -> dict[str, float]:
-    """What tells backend "triton" so; the others need not be told."""
-    return {"gradient_scale": 1 / num_rows} if folded else {}
+    return dtype != torch.float16 and lengths is None
 
 
 def upstream_applied(
-    gradient: Tensor, upstream: Tensor, relations: tuple[int, ...], count: int | Tensor, consume: bool, width: int
+    gradient: Tensor,
+    upstream: Tensor,
+    relations: tuple[int, ...],
+    count: int | Tensor,
+    consumer: str | None,
+    width: int,
 ) -> Tensor:
     """gradient * upstream / count, of what the forward pass kept.
 
-    In place with `consume`, where the graph is not kept for another backward pass: a factor of 1 then costs no pass
-    over memory. Otherwise, and where a compiler traces, into a tensor of its own.
+    In place with a `consumer`, where the graph is not kept for another backward pass: a factor of 1 then costs no pass
+    over memory. Otherwise, and where a compiler traces, into a tensor of its own; so does "chunked" off the CPU, where
+    only Triton can look at the factor without a wait.
 
     Args:
         gradient: dense, of rows of `width` elements; row i is of part i % len(relations).
         upstream: (R,) or (); its product is taken in its dtype.
         relations: of each part, which of `upstream` is its factor.
         count: what to divide by, a number or a tensor of one.
-        consume: the gradient is backend "triton"'s, and nobody else's.
+        consumer: the backend whose gradient this is, and nobody else's; None where it may not be written into.
+        width: of a row.
     """
     # torch.compile and other tracers have tensors of classes of their own.
-    if consume and type(gradient) is Tensor and not _graph_is_kept():
-        triton_backend.rescale(gradient, upstream, relations, count, width)
-        return gradient
+    if consumer and type(gradient) is Tensor and not _graph_is_kept():
+        if consumer == "triton":
+            triton_backend.rescale(gradient, upstream, relations, count, width)
+            return gradient
+        if gradient.device.type == "cpu":
+            _rescale_on_cpu(gradient, (upstream / count).reshape(-1).tolist(), relations)
+            return gradient
     upstream = upstream / count
     if len(relations) == 1:
         return scaled(gradient, upstream)
@@ -82,6 +88,17 @@ def upstream_applied(
     of_parts = torch.stack([factors[relation] for relation in relations])
     parts = gradient.unflatten(-1, (len(relations), -1))
     return scaled(parts, of_parts[:, None]).flatten(-2)
+
+
+def _rescale_on_cpu(gradient: Tensor, factors: list[float], relations: tuple[int, ...]) -> None:
+    """gradient *= its part's factor; the host knows which are 1, and passes over them."""
+    if len({factors[relation] for relation in relations}) == 1:
+        if factors[relations[0]] != 1:
+            gradient.mul_(factors[relations[0]])
+        return
+    for part, relation in zip(gradient.unflatten(-1, (len(relations), -1)).unbind(-2), relations, strict=True):
+        if factors[relation] != 1:
+            part.mul_(factors[relation])
 
 
 def _graph_is_kept() -> bool:

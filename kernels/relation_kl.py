@@ -8,7 +8,6 @@ from tinymim_fast.kernels.checks import check_lengths, check_no_tangent, check_t
 from tinymim_fast.kernels.reduction import (
     REDUCTIONS,
     count_rows,
-    folding,
     mean_is_folded,
     reduce_rows,
     refuse_second_derivative,
@@ -106,7 +105,7 @@ def _relation_kl(
     With `consume`, the caller drops the gradients, and the backward pass may write into them.
     """
     d_x, d_y = _empty_gradients(x_s, y_s, want_x, want_y)
-    folded = consume and reduction == "mean" and mean_is_folded(backend, x_s.dtype, lengths)
+    folded = consume and reduction == "mean" and mean_is_folded(x_s.dtype, lengths)
     rows = backends.FUSED[backend].relation_kl(
         x_s,
         y_s,
@@ -117,7 +116,7 @@ def _relation_kl(
         lengths=lengths,
         d_x=d_x if want_x else None,
         d_y=d_y if want_y else None,
-        **folding(folded, x_s.shape[:3].numel()),
+        gradient_scale=1 / x_s.shape[:3].numel() if folded else 1.0,
     )
     return reduce_rows(rows, lengths, reduction), d_x, d_y
 
@@ -168,7 +167,7 @@ def _(d_rows, x_s, y_s, x_t, y_t, lengths, scale_s, scale_t, backend, want_x, wa
 def _setup_context(ctx, inputs, output):
     x_s, y_s, x_t, y_t, lengths, ctx.scale_s, ctx.scale_t, ctx.reduction, ctx.backend, _, _, consume = inputs
     _, d_x, d_y = output
-    ctx.consume = consume and ctx.backend == "triton"
+    ctx.consumer = ctx.backend if consume else None
     ctx.mark_non_differentiable(d_x, d_y)
     ctx.set_materialize_grads(False)
     if ctx.reduction == "none":
@@ -189,10 +188,10 @@ def _backward(ctx, d_loss, *_):
         )
     else:
         d_x, d_y, lengths = ctx.saved_tensors
-        folded = ctx.reduction == "sum" or (ctx.consume and mean_is_folded(ctx.backend, d_x.dtype, lengths))
+        folded = ctx.reduction == "sum" or (ctx.consumer and mean_is_folded(d_x.dtype, lengths))
         count = 1 if folded else count_rows(ctx.num_images, ctx.num_heads, ctx.num_tokens, lengths)
         d_x, d_y = (
-            upstream_applied(z, d_loss, (0,), count, ctx.consume, z.numel()) if wanted else None
+            upstream_applied(z, d_loss, (0,), count, ctx.consumer, z.numel()) if wanted else None
             for z, wanted in ((d_x, want_x), (d_y, want_y))
         )
     return d_x if want_x else None, d_y if want_y else None, *[None] * 10

@@ -19,7 +19,6 @@ from tinymim_fast.kernels.checks import (
 )
 from tinymim_fast.kernels.reduction import (
     count_rows,
-    folding,
     mean_is_folded,
     mean_rows,
     reduce_rows,
@@ -154,8 +153,7 @@ def _relation_loss(
     grad = _empty_gradient(qkv_s, want_grad)
     if want_grad and len(set(relations) & set("qkv")) < 3:
         grad.zero_()
-    folded = consume and mean_is_folded(backend, qkv_s.dtype, lengths)
-    num_rows = qkv_s.shape[0] * relation_heads * qkv_s.shape[1]
+    folded = consume and mean_is_folded(qkv_s.dtype, lengths)
     rows = backends.FUSED[backend].packed_relation_kl(
         qkv_s,
         qkv_t,
@@ -163,7 +161,7 @@ def _relation_loss(
         names,
         lengths=lengths,
         d_qkv=grad if want_grad else None,
-        **folding(folded, num_rows),
+        gradient_scale=1 / (qkv_s.shape[0] * relation_heads * qkv_s.shape[1]) if folded else 1.0,
     )
     return mean_rows(rows, lengths), grad
 
@@ -175,12 +173,12 @@ def _(qkv_s, qkv_t, lengths, relation_heads, relations, backend, want_grad, cons
 
 
 def _setup_context(ctx, inputs, output):
-    qkv_s, _, lengths, ctx.relation_heads, relations, ctx.backend, _, ctx.consume = inputs
+    qkv_s, _, lengths, ctx.relation_heads, relations, backend, _, consume = inputs
     ctx.relations = relations.split(",")
     ctx.num_images, ctx.num_tokens, _ = qkv_s.shape
     _, grad = output
-    ctx.consume = ctx.consume and ctx.backend == "triton"
-    ctx.folded = ctx.consume and mean_is_folded(ctx.backend, qkv_s.dtype, lengths)
+    ctx.consumer = backend if consume else None
+    ctx.folded = consume and mean_is_folded(qkv_s.dtype, lengths)
     ctx.mark_non_differentiable(grad)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(grad, lengths)
@@ -194,7 +192,7 @@ def _backward(ctx, d_means, *_):
     count = 1 if ctx.folded else count_rows(ctx.num_images, ctx.relation_heads, ctx.num_tokens, lengths)
     # Of each projection, its relation; in no relation its gradient is 0, whatever the factor.
     relations = tuple(next((i for i, names in enumerate(ctx.relations) if name in names), 0) for name in "qkv")
-    return upstream_applied(grad, d_means, relations, count, ctx.consume, grad.shape[2] // 3), *[None] * 7
+    return upstream_applied(grad, d_means, relations, count, ctx.consumer, grad.shape[2] // 3), *[None] * 7
 
 
 _relation_loss.register_autograd(_backward, setup_context=_setup_context)

@@ -45,11 +45,13 @@ ARROWS = {  # room: what of tinymim_fast it may import, rooms or single modules
     "tinymim_fast/yaml_files.py": {"errors"},
     "tinymim_fast/data": {"data", "batches", "errors", "files"},
     "tinymim_fast/models": {"models", "errors", "files"},
-    "tinymim_fast/targets": {"targets", "models", "kernels", "errors"},
-    "tinymim_fast/evaluation": {"evaluation", "models", "data", "errors"},
-    "tinymim_fast/evaluate.py": {"evaluation", "models", "data.views", "distributed", "errors", "checkpoint_flags"},
+    "tinymim_fast/random_streams.py": {"distributed"},
+    "tinymim_fast/targets": {"targets", "models", "kernels", "errors", "random_streams"},
+    "tinymim_fast/evaluation": {"evaluation", "models", "data", "errors", "files"},
+    "tinymim_fast/evaluate.py": {"evaluation", "models", "data", "distributed", "errors", "checkpoint_flags"},
     "tinymim_fast/export.py": {"models", "errors", "files", "checkpoint_flags"},
-    "tinymim_fast/engine.py": {"distributed", "errors"},
+    "tinymim_fast/parameter_groups.py": set(),
+    "tinymim_fast/engine.py": {"distributed", "errors", "parameter_groups", "random_streams"},
     "tinymim_fast/deepspeed_config.py": {"batches", "errors"},
     "tinymim_fast/training": {
         *(
@@ -64,14 +66,31 @@ ARROWS = {  # room: what of tinymim_fast it may import, rooms or single modules
             "distributed",
             "errors",
             "files",
+            "random_streams",
+            "yaml_files",
         )
     },
     "tinymim_fast/training/metrics.py": {"data.errors", "files"},
     "tinymim_fast/training/step.py": {"engine", "training.task"},
     "tinymim_fast/training/schedule.py": {"config"},
-    "tinymim_fast/tasks": {"tasks", "targets", "models", "training.task", "config", "distributed", "errors", "files"},
-    "tinymim_fast/train.py": {"tasks.distill", "training.program"},
-    "tinymim_fast/pretrain.py": {"tasks.pretrain", "training.program"},
+    "tinymim_fast/tasks": {
+        *("tasks", "targets", "models", "evaluation", "data", "training.task"),
+        *("config", "distributed", "errors", "files", "random_streams"),
+    },
+    "tinymim_fast/adapters": {"adapters", "kernels", "models.taps", "models.vit"},
+    "tinymim_fast/adapters/tapped.py": set(),
+    "tinymim_fast/relation_maps.py": {"errors", "models.preprocessing", "models.taps"},
+    "tinymim_fast/relation_picture.py": {"files", "relation_maps"},
+    "tinymim_fast/show.py": {"checkpoint_flags", "errors", "models", "relation_maps", "relation_picture"},
+    "tinymim_fast/stages.py": set(),
+    "tinymim_fast/chain_report.py": {"config", "files", "models.checkpoints", "training.metrics"},
+    "tinymim_fast/chain.py": {
+        *("chain_report", "config", "errors", "files", "models", "stages", "tasks", "yaml_files"),
+        *("training.checkpoint", "training.lock", "training.resume", "training.stop"),
+    },
+    "tinymim_fast/train.py": {"tasks.distill", "errors", "training.program"},
+    "tinymim_fast/pretrain.py": {"tasks.pretrain", "errors", "training.program"},
+    "tinymim_fast/finetune.py": {"tasks.finetune", "errors", "training.program"},
 }
 
 
@@ -88,7 +107,7 @@ def test_rooms_know_only_what_lies_before_them(room):
 def test_training_alone_knows_the_engine():
     """Models, data, targets and evaluation work without DeepSpeed; the demo starts training as a program."""
     assert importers_of("tinymim_fast.engine") == {
-        f"tinymim_fast/training/{name}.py" for name in ("checkpoint", "loop", "program", "step")
+        f"tinymim_fast/training/{name}.py" for name in ("checkpoint", "ema", "loop", "program", "step", "validation")
     }
 
 
@@ -118,3 +137,13 @@ def test_no_module_hides_a_library():
     """`deepspeed tinymim_fast/train.py` starts with tinymim_fast/ on the path: see the head of train.py."""
     ours = {p.stem for p in (ROOT / "tinymim_fast").iterdir() if not p.name.startswith("_")}
     assert ours & set(sys.stdlib_module_names) == set()
+
+
+def test_programs_of_several_ranks_end_in_order():
+    """Any that trains, or joins: see `end_process`."""
+    programs = [p for p in FILES if "__main__" in p.read_text() and "data/" not in str(p)]
+    joins = {"tinymim_fast.training.program", "tinymim_fast.distributed.join"}
+    several = [p for p in programs if joins & imports(p)]
+    assert {p.name for p in several} >= {"train.py", "pretrain.py", "evaluate.py"}
+    for path in several:
+        assert path.read_text().endswith('if __name__ == "__main__":\n    end_process(main())\n'), path

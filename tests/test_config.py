@@ -7,6 +7,7 @@ from tinymim_fast.batches import BatchPlan
 from tinymim_fast.config import RECIPES, RunConfig, differences, parse, to_dict, to_yaml
 from tinymim_fast.errors import InputError
 from tinymim_fast.tasks.distill import DistillConfig
+from tinymim_fast.tasks.finetune import FinetuneConfig
 from tinymim_fast.tasks.pretrain import PretrainConfig
 
 PATHS = ["--data-path=d", "--output-dir=o"]
@@ -15,8 +16,10 @@ DISTILL = [*PATHS, "--teacher-checkpoint=t"]
 
 @pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda p: p.stem)
 def test_recipes_are_complete_runs(recipe):
-    distills = "student_model" in yaml.safe_load(recipe.read_text())
-    kind, flags = (DistillConfig, DISTILL) if distills else (PretrainConfig, PATHS)
+    keys = yaml.safe_load(recipe.read_text())
+    kind, flags = (DistillConfig, DISTILL) if "student_model" in keys else (PretrainConfig, PATHS)
+    if "layer_decay" in keys:
+        kind, flags = FinetuneConfig, [*PATHS, "--checkpoint=c"]
     by_path = parse(kind, [f"--config={recipe}", *flags], "p")
     assert by_path == parse(kind, ["--config", recipe.stem, *flags], "p")
     assert by_path.batch_plan(8).micro_batch_size >= 1
@@ -55,12 +58,25 @@ def test_launchers_flag_is_accepted():
         (["--warmup-epochs=400"], "--warmup-epochs"),
         (["--lr-base=nan"], "lr_base"),
         (["--hflip=2"], "--hflip"),
+        (["--mean=[123.7,116.3,103.5]"], "--mean: got .* those of 255 divided by 255"),
+        (["--std=[58.4,57.1,57.4]"], "--std: got .* those of 255 divided by 255"),
+        (["--teacher-mean=[127,127,127]"], "--teacher-mean: got"),
         (["--config=nope"], "nope, want a YAML file or one of the recipes"),
     ],
 )
 def test_impossible_values_name_the_field(flags, named):
     with pytest.raises(InputError, match=named.replace("[", r"\[")):
         parse(DistillConfig, [*DISTILL, *flags], "p")
+
+
+def test_a_home_folder_in_yaml_is_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("data_path: ~/images\noutput_dir: ~/runs/a\n")
+    config = parse(DistillConfig, ["--config", str(recipe), "--teacher-checkpoint=~/t.pth"], "p")
+    assert (config.data_path, config.output_dir, config.teacher_checkpoint) == (
+        *("/home/me/images", "/home/me/runs/a", "/home/me/t.pth"),
+    )
 
 
 def test_unknown_key_in_yaml_is_named(tmp_path):

@@ -5,7 +5,7 @@ import pytest
 
 pytest.importorskip("deepspeed")
 
-from tinymim_fast import demo
+from tinymim_fast import demo, stages
 from tinymim_fast.errors import EXIT_INPUT
 
 
@@ -16,13 +16,13 @@ class Terminal(io.StringIO):
 
 def said(monkeypatch, stream):
     monkeypatch.setattr(demo.sys, "stdout", stream)
-    stages = demo.Stages()
-    stages.begin("first")
+    shown = stages.Stages(5)
+    shown.begin("first")
     for step in range(50, 850, 50):
-        stages.progress(step, 800, "0.5")
-    stages.end("800 steps, loss 0.5")
-    stages.begin("second")
-    stages.end()
+        shown.progress(step, 800, "0.5")
+    shown.end("800 steps, loss 0.5")
+    shown.begin("second")
+    shown.end()
     return stream.getvalue()
 
 
@@ -47,17 +47,17 @@ def test_a_terminal_has_one_line_a_stage(monkeypatch):
 
 def test_progress_is_read_from_a_runs_lines():
     line = "10:51:32 step 50/800  epoch 0.5  loss 0.1754  qk 0.06352  lr 0  images_per_s 184.6\n"
-    assert demo.STEP.search(line).groups() == ("50", "800", "0.1754")
+    assert stages.STEP.search(line).groups() == ("50", "800", "0.1754")
 
 
 def test_a_program_that_fails_shows_the_end_of_its_log_and_keeps_its_code(tmp_path, capsys):
     (tmp_path / "images" / "train").mkdir(parents=True)  # the drawing is skipped, and there is nothing to train on
     assert demo.main([f"--output-dir={tmp_path}"]) == EXIT_INPUT
     out, err = capsys.readouterr()
-    assert f"what the programs say to {tmp_path / 'demo.log'}" in out and "pretrain" not in out.split("[2/5]")[0]
+    assert f"what the programs say to {tmp_path / 'demo.log'}" in out and "pretrain" not in out.split("[2/7]")[0]
     assert f"ended with code {EXIT_INPUT}. The last lines of {tmp_path / 'demo.log'}:" in err
     assert "pretrain.py: --data-path: " in err
-    assert len(err.strip().splitlines()) <= demo.SHOWN_ON_FAILURE + 2
+    assert len(err.strip().splitlines()) <= stages.SHOWN_ON_FAILURE + 2
     assert "pretrain.py: --data-path: " in (tmp_path / "demo.log").read_text()
 
 

@@ -47,13 +47,13 @@ def test_metadata_holds_head_layout_and_recipe(run, tmp_path):
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"config.json", "model.safetensors"}
 
 
-def test_an_export_is_a_teacher_that_offers_its_relation_heads(run, image_folder, tmp_path):
+def test_an_export_is_a_teacher_that_offers_its_relation_heads(run, world, image_folder, tmp_path):
     export.export(str(latest_checkpoint(run)), tmp_path / "out")
     flags = distill_flags(
         image_folder, tmp_path / "out", tmp_path / "next", teacher_model=None, teacher_model_kwargs="{}"
     )
-    _, block, heads = distill.build_teacher(parse(distill.DistillConfig, flags, "p"))
-    assert (block, heads) == (3, 6)
+    layout = distill.build_task(parse(distill.DistillConfig, flags, "p"), world, None).info.head_layout
+    assert (layout["teacher_block"], layout["relation_heads"]) == (3, 6)
 
 
 def test_refuses_to_overwrite_and_to_export_nothing(run, tmp_path, capsys):

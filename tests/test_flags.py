@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tinymim_fast.tasks.distill import DistillConfig
+from tinymim_fast.tasks.finetune import FinetuneConfig
 from tinymim_fast.tasks.pretrain import PretrainConfig
 
 ROOT = Path(__file__).parent.parent
@@ -47,7 +48,9 @@ def strings(path):
 @functools.cache
 def ours():
     """Flags of all our parsers: fields of configurations, and what functions that add an argument are given."""
-    names = {"config", "help"} | {f.name for kind in (DistillConfig, PretrainConfig) for f in fields(kind)}
+    names = {"config", "help"} | {
+        f.name for kind in (DistillConfig, PretrainConfig, FinetuneConfig) for f in fields(kind)
+    }
     for path in [*CODE, *OTHER_PROGRAMS]:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call):

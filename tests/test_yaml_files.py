@@ -40,7 +40,10 @@ BAD = {
     "zeros": (bytes(9), "special characters are not allowed"),
     "unknown key": ("epohcs: 4\n", "has the key epohcs, which no run knows; did you mean epochs"),
     "dashes": ("train-batch-size: 4\n", "did you mean train_batch_size"),
-    "a recipe in a recipe": ("config: other.yaml\n", "has the key config, which no run knows"),
+    "a recipe in a recipe": (
+        "config: other.yaml\n",
+        "config is other.yaml, want a YAML file",
+    ),
 }
 
 

@@ -29,8 +29,16 @@ def checkpoint_arguments(args: argparse.Namespace) -> dict[str, Any]:
     Raises:
         InputError: `--model-kwargs` is no JSON object, argument "model_kwargs".
     """
+    return {"model": args.model, "model_kwargs": json_object(args.model_kwargs, "model_kwargs"), "key": args.key}
+
+
+def json_object(text: str, argument: str) -> dict[str, Any]:
+    """What a flag gives as JSON.
+
+    Raises:
+        InputError: it is none.
+    """
     try:
-        kwargs = json.loads(args.model_kwargs)
+        return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"got {args.model_kwargs}, want a JSON object: {error}", argument="model_kwargs") from error
-    return {"model": args.model, "model_kwargs": kwargs, "key": args.key}
+        raise InputError(f"got {text}, want a JSON object: {error}", argument=argument) from error

@@ -8,8 +8,9 @@ their modules import for type checkers.
 
 import json
 import math
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from difflib import get_close_matches
@@ -45,6 +46,7 @@ class RunConfig:
         hflip: probability of a horizontal flip.
         mean: per-channel mean of the input, of 1.
         std: per-channel standard deviation of the input, of 1.
+        interpolation: of the resizing to `img_size`: "bicubic", "bilinear", "lanczos", "box", "hamming" or "nearest".
         loader: "dali", "torchvision", or "auto": DALI where it is installed.
         workers: decoding threads (DALI) or processes (torchvision) per rank.
         dali_kwargs: DALI's settings, any of `{"hw_decoder_load": 0.9, "device_memory_padding": 211025920,
@@ -58,12 +60,15 @@ class RunConfig:
         lr_base_size: see `lr_base`.
         min_lr: learning rate at the end of the cosine.
         warmup_epochs: linear warm-up.
+        warmup_lr: learning rate that it begins with.
         weight_decay: AdamW's, on weights of two and more dimensions only.
         opt_betas: AdamW's.
         clip_grad: largest gradient norm; 0 does not clip.
         zero_stage: DeepSpeed ZeRO stage, 0 to 3.
         bf16: bf16 weights with fp32 master weights and fp32 gradient accumulation; else fp32.
         compile: compile the models' blocks; "auto": on GPUs.
+        cuda_graphs: run a distillation's teacher as a CUDA graph, on a GPU alone; "auto": not yet, as nothing has shown
+            it to be faster.
         attention: "sdpa", "flash", "cudnn" or "efficient" of PyTorch, "xformers", "math" (plain products), or "auto":
             the fastest by the table in models/attention.py, sdpa where it has no row.
         profile: optimizer steps to trace, after the first five of a start; 0 traces none.
@@ -76,9 +81,11 @@ class RunConfig:
         on_nonfinite: "stop" ends the run where a loss or weight is NaN or infinite; "skip" looks at each step's
             gradient, which waits for the device, and leaves such a step out.
         max_nonfinite: steps that "skip" may leave out in a whole run; one more ends it.
-        verify_checkpoints: compare a checkpoint with its checksums before going on from it; reads it twice.
+        verify_checkpoints: compare a checkpoint with its checksums before going on from it; reads it twice, and takes
+            0.6 s of a core for each GB (AMD EPYC, SHA-256 in hardware).
         max_time: minutes from the program's start after which the run saves and stops with code 75; 0: none.
-        max_wait: minutes that one micro-batch may be waited for, after which the run ends with code 75; 0: any time.
+        max_wait: minutes that one micro-batch may be waited for, after which the run saves and ends with code 75; 0:
+            any time.
         resume: "auto" continues what `output_dir` holds; "none" starts anew and refuses a folder with checkpoints.
         tensorboard: write event files to `output_dir/tensorboard`.
     """
@@ -109,6 +116,7 @@ class RunConfig:
             "gradient_accumulation_steps",
             "zero_stage",
             "compile",
+            "cuda_graphs",
             "attention",
             "profile",
             "deepspeed_config",
@@ -123,6 +131,7 @@ class RunConfig:
     hflip: float = 0.5
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
+    interpolation: Literal["bicubic", "bilinear", "lanczos", "box", "hamming", "nearest"] = "bicubic"
     split: str = "train"
     layout: Literal["auto", "splits", "classes", "shards"] = "auto"
     max_image_pixels: int = 89_478_485
@@ -139,12 +148,14 @@ class RunConfig:
     lr_base_size: int = 256
     min_lr: float = 0.0
     warmup_epochs: float = 15.0
+    warmup_lr: float = 0.0
     weight_decay: float = 0.05
     opt_betas: tuple[float, float] = (0.9, 0.95)
     clip_grad: float = 0.0
     zero_stage: Literal[0, 1, 2, 3] = 1
     bf16: bool = True
     compile: bool | Literal["auto"] = "auto"
+    cuda_graphs: bool | Literal["auto"] = "auto"
     attention: Literal["auto", "sdpa", "flash", "cudnn", "efficient", "xformers", "math"] = "auto"
     profile: int = 0
     deepspeed_config: str | None = None
@@ -181,6 +192,7 @@ class RunConfig:
         for name in [
             "min_lr",
             "warmup_epochs",
+            "warmup_lr",
             "weight_decay",
             "clip_grad",
             "checkpoint_interval",
@@ -198,7 +210,14 @@ class RunConfig:
         self._check("ratio", 0 < low <= high, "two aspect ratios, 0 < low <= high")
         self._check("max_bad_files", 0 <= self.max_bad_files <= 1, "a share of the images")
         self._check("hflip", 0 <= self.hflip <= 1, "a probability")
-        self._check("std", min(self.std) > 0, "three numbers above 0")
+        for name in ("mean", "teacher_mean"):
+            values = getattr(self, name, None)
+            of_1 = values is None or all(0 <= v <= 1 for v in values)
+            self._check(name, of_1, "three numbers from 0 to 1, those of 255 divided by 255")
+        for name in ("std", "teacher_std"):
+            values = getattr(self, name, None)
+            of_1 = values is None or all(0 < v <= 1 for v in values)
+            self._check(name, of_1, "three numbers above 0, at most 1, those of 255 divided by 255")
         self._check("opt_betas", all(0 <= b < 1 for b in self.opt_betas), "two numbers in [0, 1)")
         self._check("warmup_epochs", self.warmup_epochs <= self.epochs, f"at most epochs, {self.epochs}")
 
@@ -245,7 +264,8 @@ Config = TypeVar("Config", bound=RunConfig)
 def parse(kind: type[Config], argv: Sequence[str], prog: str) -> Config:
     """Configuration from `--config FILE` and flags, the flags winning.
 
-    `FILE` is a path or the name of a packaged recipe. Flags may be spelled with dashes or underscores.
+    `FILE` is a path or the name of a packaged recipe; of several the later ones win. A recipe whose first line is
+    `config: OTHER.yaml` says what differs from that file beside it. Flags may be spelled with dashes or underscores.
 
     Raises:
         InputError: an unknown key or flag, a missing one, a wrong type or an impossible value; the message names it.
@@ -279,25 +299,84 @@ def _normalise(argv: Sequence[str], names: Sequence[str]) -> list[str]:
             continue
         at = i if value else i + 1
         name = value or (args[at] if at < len(args) else "")
-        if name and not Path(name).is_file():
-            packaged = RECIPES / f"{name}.yaml"
-            if not packaged.is_file():
-                known = ", ".join(sorted(p.stem for p in RECIPES.glob("*.yaml")))
-                raise InputError(f"--config: got {name}, want a YAML file or one of the recipes {known}")
-            args[at] = f"--config={packaged}" if value else str(packaged)
-            name = packaged
-        with flags(path="--config"):
-            keys = read_mapping(name) if name else {}
-        for key in keys:
-            if key not in names:
-                likely = get_close_matches(key.replace("-", "_"), names, n=1)
-                hint = f"; did you mean {likely[0]}?" if likely else ""
-                raise InputError(f"{name} has the key {key}, which no run knows{hint}", argument="--config")
+        with flags(path="--config", name="--config"):
+            if name and not Path(name).is_file():
+                name = find_recipe(name, RECIPES)
+                args[at] = f"--config={name}" if value else str(name)
+            if name:
+                check_recipe(Path(name), names)
     return args
 
 
+def check_recipe(path: Path, names: Sequence[str], including: tuple[Path, ...] = ()) -> None:
+    """Refuse a recipe that can't be one, and the recipes that it begins with.
+
+    Args:
+        path: of a YAML file.
+        names: known keys.
+        including: files that begin with it.
+
+    Raises:
+        InputError: unreadable, an unknown key, or a `config` that is no file, not the first key, or leads back;
+            argument "path".
+    """
+    keys = read_mapping(path)
+    check_keys(keys, ["config", *names], path)
+    if "config" not in keys:
+        return
+    if next(iter(keys)) != "config":
+        raise InputError(
+            f"{path}: config stands behind other keys, which it would override; make it the first line",
+            argument="path",
+        )
+    base = path.parent / str(keys["config"])
+    if base.resolve() in (path.resolve(), *including):
+        raise InputError(f"{path}: config is {keys['config']}, which leads back to this file", argument="path")
+    if not base.is_file():
+        raise InputError(
+            f"{path}: config is {keys['config']}, want a YAML file, its path seen from this one; a packaged "
+            f"recipe goes before it on the command line: --config tinymim_base --config {path}",
+            argument="path",
+        )
+    check_recipe(base, names, (*including, path.resolve()))
+
+
+def find_recipe(name: str, folder: Path) -> Path:
+    """The file that `name` names: itself, or a packaged recipe of `folder`.
+
+    Raises:
+        InputError: neither; argument "name".
+    """
+    packaged = folder / f"{name}.yaml"
+    found = next((path for path in (Path(name), packaged) if path.is_file()), None)
+    if found is None:
+        known = ", ".join(sorted(p.stem for p in folder.glob("*.yaml")))
+        raise InputError(f"got {name}, want a YAML file or one of the recipes {known}", argument="name")
+    return found
+
+
+def check_keys(keys: Iterable[str], names: Sequence[str], of: object) -> None:
+    """Refuse keys that are none of `names`.
+
+    Args:
+        keys: given.
+        names: known.
+        of: what has the keys, for the message.
+
+    Raises:
+        InputError: names the first that is unknown and the one that is likely meant; argument "path".
+    """
+    for key in keys:
+        if key not in names:
+            likely = get_close_matches(key.replace("-", "_"), names, n=1)
+            hint = f"; did you mean {likely[0]}?" if likely else ""
+            raise InputError(f"{of} has the key {key}, which no run knows{hint}", argument="path")
+
+
 def _plain(value: Any) -> Any:
-    """jsonargparse's Namespace and lists to dict and tuple."""
+    """jsonargparse's Namespace and lists to dict and tuple; "~/x" to the home folder's, as a shell does on its line."""
+    if isinstance(value, str) and value.startswith("~"):
+        return os.path.expanduser(value)
     if hasattr(value, "as_dict"):
         return value.as_dict()
     return tuple(value) if isinstance(value, list) else value

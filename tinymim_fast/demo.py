@@ -1,4 +1,4 @@
-"""The whole story in a few minutes on a CPU: draw images, pre-train a teacher, distil a student, compare them.
+"""The whole story in a few minutes on a CPU: draw images, pre-train a teacher, distil a student, make it a classifier.
 
 python -m tinymim_fast.demo --output-dir DIR
 """
@@ -6,7 +6,6 @@ python -m tinymim_fast.demo --output-dir DIR
 from __future__ import annotations
 
 import argparse
-import re
 import subprocess
 import sys
 import time
@@ -14,76 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tinymim_fast.errors import EXIT_INPUT, InputError
+from tinymim_fast.stages import Stages, launch, tell_failure
 
-HERE = Path(__file__).parent
-NUM_STAGES = 5
+NUM_STAGES = 7
 PICTURED, NUM_QUERIES = "val/star/00005.jpg", 4  # whose relations are drawn, and of how many of its patches
-SHOWN_ON_FAILURE = 15  # lines of the log
-STEP = re.compile(r"step (\d+)/(\d+) .*?\bloss (\S+)")
-
-
-class Stages:
-    """What is going on, said on standard output: a numbered line a stage, and on a terminal its progress."""
-
-    def __init__(self) -> None:
-        self._number = 0
-        self._live = sys.stdout.isatty()
-
-    def begin(self, what: str) -> None:
-        """Say what the next stage does."""
-        self._number += 1
-        self._quarters = 0
-        self._line, self._began = f"[{self._number}/{NUM_STAGES}] {what}", time.monotonic()
-        print(self._line, end=" ... " if self._live else "\n", flush=True)
-
-    def progress(self, done: int, total: int, loss: str) -> None:
-        """A bar on a terminal; elsewhere a line a quarter, so that a log is not full of bars."""
-        where = f"step {done}/{total}, loss {loss}"
-        if self._live:
-            filled = 20 * done // total
-            print(f"\r\033[K{self._line}  [{'#' * filled:.<20}] {where}", end="", flush=True)
-        elif 4 * done // total > self._quarters:
-            self._quarters = 4 * done // total
-            print(f"      {where}", flush=True)
-
-    def end(self, result: str = "") -> None:
-        """Say what came of the stage and how long it took; on a terminal in the stage's own line."""
-        start = f"\r\033[K{self._line}: " if self._live else "      "
-        seconds = f"{time.monotonic() - self._began:.0f} s"
-        print(start + (f"{result}, {seconds}" if result else seconds), flush=True)
-
-
-def launch(stages: Stages, log: Path, program: str, recipe: str, *flags: str) -> None:
-    """`deepspeed tinymim_fast/PROGRAM --config RECIPE ...`, on one device; its output goes to `log`.
-
-    Raises:
-        subprocess.CalledProcessError: it failed.
-    """
-    from tinymim_fast.distributed import free_port
-
-    deepspeed = Path(sys.executable).parent / "deepspeed"
-    launcher = [str(deepspeed), "--num_accelerators=1", f"--master_port={free_port()}"]
-    command = [*launcher, str(HERE / program), "--config", recipe, *flags]
-    result = "finished before"
-    with open(log, "a", encoding="utf-8", errors="backslashreplace") as file:
-        print("$", *command, file=file, flush=True)
-        process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="backslashreplace"
-        )
-        try:
-            for line in process.stdout:
-                file.write(line)
-                file.flush()
-                if step := STEP.search(line):
-                    stages.progress(int(step[1]), int(step[2]), step[3])
-                    result = f"{step[2]} steps, loss {step[3]}"
-        except BaseException:
-            process.terminate()  # it saves, and the same command goes on from there
-            process.wait()
-            raise
-    if process.wait():
-        raise subprocess.CalledProcessError(process.returncode, command)
-    stages.end(result)
 
 
 def tell_story(stages: Stages, out: Path, log: Path) -> None:
@@ -96,6 +29,7 @@ def tell_story(stages: Stages, out: Path, log: Path) -> None:
     from tinymim_fast.data import draw_image_folder
     from tinymim_fast.evaluate import evaluate_knn
     from tinymim_fast.export import export
+    from tinymim_fast.training.metrics import read_metrics
 
     images, teacher, student, exported = (out / name for name in ("images", "teacher", "student", "export"))
     stages.begin("drawing images of 16 classes")
@@ -104,11 +38,12 @@ def tell_story(stages: Stages, out: Path, log: Path) -> None:
     stages.end(f"{len(list(images.glob('train/*/*')))} to train on, {len(list(images.glob('val/*/*')))} to test with")
 
     stages.begin("pre-training the teacher, a masked autoencoder")
-    launch(stages, log, "pretrain.py", "demo_teacher", f"--data-path={images}", f"--output-dir={teacher}")
+    paths = (f"--data-path={images}", f"--output-dir={teacher}")
+    launch(stages, log, _one_device(), "pretrain.py", "--config=demo_teacher", *paths)
 
     stages.begin("distilling the student, half as wide, from the teacher's relations")
     paths = (f"--data-path={images}", f"--teacher-checkpoint={teacher}", f"--output-dir={student}")
-    launch(stages, log, "train.py", "demo_student", *paths)
+    launch(stages, log, _one_device(), "train.py", "--config=demo_student", *paths)
 
     stages.begin("comparing their features by k nearest neighbours")
     if not exported.exists():
@@ -127,70 +62,53 @@ def tell_story(stages: Stages, out: Path, log: Path) -> None:
     picture_relations(picture, images / PICTURED, str(teacher), str(exported))
     stages.end()
 
-    print(f"\n{f'k-NN accuracy on {num_classes} classes':34s}  top-1 %")
-    for name, accuracy in accuracies.items():
-        print(f"{name:34s}  {100 * accuracy:7.1f}")
+    classifiers = {"student, distilled": str(student), "the same model from scratch": "none"}
+    fine_tuned = {}
+    for name, checkpoint in classifiers.items():
+        run = out / ("classifier" if checkpoint != "none" else "classifier_from_scratch")
+        stages.begin(f"fine-tuning to {num_classes} classes: {name}")
+        paths = (f"--data-path={images}", f"--checkpoint={checkpoint}", f"--output-dir={run}")
+        launch(stages, log, _one_device(), "finetune.py", "--config=demo_finetune", *paths)
+        fine_tuned[name] = next(r["top1"] for r in reversed(read_metrics(run)) if "top1" in r) / 100
+
+    for title, found in (("k-NN", accuracies), ("fine-tuned", fine_tuned)):
+        print(f"\n{f'{title} accuracy on {num_classes} classes':40s}  top-1 %")
+        for name, accuracy in found.items():
+            print(f"{name:40s}  {100 * accuracy:7.1f}")
     print("\nPictures")
     print(f"  relations of teacher and student, before and after  {picture}")
-    for name, run in (("teacher", teacher), ("student", student)):
+    for name, run in (("teacher", teacher), ("student", student), ("classifier", out / "classifier")):
         print(f"  loss, learning rate, images/s: {name:20s} {run / 'curves.png'}")
     print(f"\nIn timm: timm.create_model('local-dir:{exported}', pretrained=True)")
 
 
+def _one_device() -> tuple[str, str]:
+    from tinymim_fast.distributed import free_port
+
+    return "--num_accelerators=1", f"--master_port={free_port()}"
+
+
 def picture_relations(path: Path, image_file: Path, teacher: str, student: str) -> None:
     """What patches of one image relate to in the teacher, in the untrained and in the distilled student, as a PNG."""
-    import numpy as np
     import torch
-    from PIL import Image
 
     from tinymim_fast.models.checkpoints import load_encoder
-    from tinymim_fast.models.taps import Place, Taps
     from tinymim_fast.models.vit import create_vit, init_mae_style
-    from tinymim_fast.relation_maps import draw_relation_maps, head_kl, relation_rows, telling_queries
+    from tinymim_fast.relation_maps import compare, telling_queries
+    from tinymim_fast.relation_picture import draw, lines_of
+    from tinymim_fast.show import TITLE, load_teacher, open_image, viewed
 
-    of_teacher, _ = load_encoder(teacher)
     distilled, info = load_encoder(student)
     torch.manual_seed(info.recipe["seed"])  # the weights that training began with
     untrained = create_vit(info.architecture, **info.model_kwargs)
     init_mae_style(untrained, pos_embed=info.recipe["student_pos_embed"])
-
-    with Image.open(image_file) as file:
-        pixels = file.convert("RGB")
-    size = info.model_kwargs["img_size"]
-    view = torch.from_numpy(np.asarray(pixels.resize((size, size), Image.BICUBIC)) / 255).float()
-    mean, std = (torch.tensor(info.recipe[name]) for name in ("mean", "std"))
-    batch = ((view - mean) / std).permute(2, 0, 1)[None]
-
-    layout, relations = info.head_layout, info.recipe["relations"]
-    prefix, grid = distilled.num_prefix_tokens, distilled.patch_embed.grid_size
-    depth = len(distilled.blocks)
-    tapped = {
-        "teacher": (of_teacher, layout["teacher_block"]),
-        "student before": (untrained, depth),
-        "student after": (distilled, depth),
-    }
-    qkv = {}
-    for who, (vit, block) in tapped.items():
-        with torch.inference_mode():
-            (qkv[who],) = Taps(vit.eval(), [Place("qkv", block)])(batch).values()
-    heads = layout["relation_heads"]
-    rows = {r: {who: relation_rows(projection, r, heads) for who, projection in qkv.items()} for r in relations}
-    on_patches = {
-        relation: {who: r[0].mean(0)[prefix:, prefix:] for who, r in of_model.items()}
-        for relation, of_model in rows.items()
-    }
-    queries = telling_queries(on_patches[relations[-1]]["teacher"], NUM_QUERIES)
-    maps = {}
-    for relation, of_model in rows.items():
-        kl = {who: head_kl(of_model["teacher"], r).mean() for who, r in of_model.items()}
-        maps[f"{relation[0].upper()} {relation[1].upper()}\u1d40"] = {
-            f"{who}\n" + ("" if who == "teacher" else f"KL {kl[who]:.3f}"): patches[queries].numpy()
-            for who, patches in on_patches[relation].items()
-        }
-    title = (
-        "What the framed patch relates to (mean over heads); KL: how far from the teacher in nats, mean over the image"
-    )
-    draw_relation_maps(path, np.asarray(pixels), grid, queries, maps, title=title)
+    of_teacher = load_teacher({"source": teacher}, info, None)
+    vits = {"student before": untrained, "student after": distilled}
+    students = [viewed(title, vit, info, len(vit.blocks)) for title, vit in vits.items()]
+    relations, heads = info.recipe["relations"], info.head_layout["relation_heads"]
+    compared = compare(open_image(image_file), of_teacher, students, relations, heads)
+    queries = telling_queries(compared.rows[relations[-1]]["teacher"].mean(0), NUM_QUERIES)
+    draw(path, lines_of(compared, queries), of_teacher.grid, title=TITLE)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -206,16 +124,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         except OSError as error:
             raise InputError(f"{out}: can't be written: {error}", argument="--output-dir") from error
         print(f"Everything goes to {out}, what the programs say to {log}\n", flush=True)
-        tell_story(Stages(), out, log)
+        tell_story(Stages(NUM_STAGES), out, log)
     except InputError as error:
         print(f"\ndemo: {error}", file=sys.stderr)
         return EXIT_INPUT
     except subprocess.CalledProcessError as error:
-        last = log.read_text(encoding="utf-8", errors="backslashreplace").splitlines()[-SHOWN_ON_FAILURE:]
-        code = error.returncode if error.returncode > 0 else 128 - error.returncode
-        print(f"\n\ndemo: the program ended with code {code}. The last lines of {log}:\n", file=sys.stderr)
-        print(*(f"  {line}" for line in last), sep="\n", file=sys.stderr)
-        return code
+        return tell_failure("demo", "the program", error, log)
     print(f"{time.monotonic() - began:.0f} s")
     return 0
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import os
+import re
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import numpy as np
@@ -25,12 +28,14 @@ class World:
         world_size: processes of the run.
         device: the one that this process trains on.
         host_group: all ranks, of a backend that sends CPU tensors, so that agreeing waits for no device.
+        store: where ranks found each other; what one sets, others can read without a collective.
     """
 
     rank: int
     world_size: int
     device: torch.device
     host_group: dist.ProcessGroup
+    store: dist.Store
 
     @property
     def is_main(self) -> bool:
@@ -94,8 +99,8 @@ def complete_environment() -> int:
     return int(os.environ["LOCAL_RANK"])
 
 
-def join(backend: str) -> None:
-    """`torch.distributed.init_process_group` for the environment of `complete_environment`.
+def join(backend: str, timeout: timedelta | None = None) -> dist.Store:
+    """`torch.distributed.init_process_group` for the environment of `complete_environment`; returns its store.
 
     Where MASTER_ADDR is this machine's loopback address, nothing that is opened here listens on another one: PyTorch's
     own store would listen on all of them, and let strangers read and set keys. (Under torchrun the store is
@@ -103,12 +108,14 @@ def join(backend: str) -> None:
 
     Args:
         backend: of `torch.distributed`.
+        timeout: of collectives; None: the backend's.
     """
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if not _is_loopback(address) or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        dist.init_process_group(backend)
-        return
+        store, rank, world_size = next(dist.rendezvous("env://"))
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+        return store
     for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         os.environ.setdefault(variable, "lo")
     listener = -1
@@ -128,7 +135,31 @@ def join(backend: str) -> None:
     store = dist.TCPStore(
         address, port, world_size, is_master=rank == 0, master_listen_fd=listener if rank == 0 else None
     )
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+    return store
+
+
+LEAVE_S = 10  # for the others to leave too
+# What gloo and NCCL say when a rank is gone.
+LOST = re.compile(r"closed by peer|reset by peer|Broken pipe|remote process exited|ncclRemoteError|Timed out waiting")
+
+
+def rank_was_lost(error: Exception) -> bool:
+    """Whether a collective failed because another rank is gone."""
+    return isinstance(error, RuntimeError) and LOST.search(str(error)) is not None
+
+
+def leave(store: dist.Store) -> None:
+    """Leave the process group when all ranks want to, or after `LEAVE_S`.
+
+    One that tears its connections down while another is still in the last collective makes that one fail, though all
+    was said: it would end with another code.
+    """
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    with contextlib.suppress(RuntimeError):  # of a store that is gone, or in vain
+        store.set(f"leaves/{rank}", "")
+        store.wait([f"leaves/{other}" for other in range(world_size)], timedelta(seconds=LEAVE_S))
+    dist.destroy_process_group()
 
 
 def _is_loopback(address: str) -> bool:
@@ -145,6 +176,21 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def random_states(device: torch.device) -> dict[str, torch.Tensor]:
+    """This process's random states by kind, "cpu" and "cuda", on the CPU; no device is waited for."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def set_random_states(states: Mapping[str, torch.Tensor], device: torch.device) -> None:
+    """Take over what `random_states` gave."""
+    torch.set_rng_state(states["cpu"])
+    if "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"], device)
 
 
 def seed_rank(seed: int, step: int, rank: int) -> None:

@@ -10,7 +10,8 @@ import gc
 import io
 import json
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -35,16 +36,32 @@ from deepspeed.utils import (
 )
 from torch import nn
 
-from tinymim_fast.distributed import World, complete_environment, join, seed_rank
+from tinymim_fast.distributed import (
+    World,
+    complete_environment,
+    join,
+    leave,
+    random_states,
+    seed_rank,
+    set_random_states,
+)
 from tinymim_fast.errors import InputError
+from tinymim_fast.parameter_groups import parameter_groups
+from tinymim_fast.random_streams import RandomStreams
 
 STATE = "optimizer.safetensors"
+MAX_BUCKET = 500_000_000  # DeepSpeed's own size of a bucket of gradients
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, by their names in PyTorch
 deepspeed.utils.logger.setLevel(logging.WARNING)  # a user's run needs its warnings, not every step of its set-up
 
 
-def start() -> World:
-    """Join the processes that `deepspeed`, `torchrun` or nobody (plain `python`) started."""
+def start(max_wait_minutes: float | None = None) -> World:
+    """Join the processes that `deepspeed`, `torchrun` or nobody (plain `python`) started.
+
+    Args:
+        max_wait_minutes: what a run may wait for data or for a rank, so that no collective gives up before; 0: any
+            time. None: the backend's time-outs.
+    """
     local_rank = complete_environment()
     accelerator = get_accelerator()
     if accelerator.device_name() == "cpu":
@@ -59,25 +76,21 @@ def start() -> World:
             )
         accelerator.set_device(local_rank)
         device = torch.device(accelerator.device_name(local_rank))
-    join(accelerator.communication_backend_name())
+    timeout = None
+    if max_wait_minutes is not None:
+        timeout = timedelta(minutes=max_wait_minutes + 5) if max_wait_minutes else timedelta(days=365)
+    store = join(accelerator.communication_backend_name(), timeout)
     deepspeed.init_distributed(dist_backend=accelerator.communication_backend_name(), verbose=False)
-    return World(dist.get_rank(), dist.get_world_size(), device, dist.new_group(backend="gloo"))
+    host_group = dist.new_group(backend="gloo", timeout=timeout)
+    return World(dist.get_rank(), dist.get_world_size(), device, host_group, store)
 
 
-def stop() -> None:
-    """Leave the process group."""
-    if dist.is_initialized():
+def stop(world: World | None = None) -> None:
+    """Leave the process group; with `world`, together with the other ranks: see `leave`."""
+    if world is not None:
+        leave(world.store)
+    elif dist.is_initialized():
         dist.destroy_process_group()
-
-
-def parameter_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
-    """AdamW groups: no decay on 1-D parameters (biases, norms, LayerScale), as in MAE and TinyMIM."""
-    decay, no_decay = [], []
-    for parameter in parameters:
-        if parameter.requires_grad:
-            (decay if parameter.ndim > 1 else no_decay).append(parameter)
-    groups = [{"params": decay, "weight_decay": weight_decay}, {"params": no_decay, "weight_decay": 0.0}]
-    return [g for g in groups if g["params"]]
 
 
 class Engine:
@@ -90,13 +103,17 @@ class Engine:
         lr_at: learning rate by optimizer step.
         weight_decay: of AdamW, see `parameter_groups`.
         opt_betas: AdamW's.
+        lr_scale: factors on the learning rate by parameter's name; 1 for those that are not named.
+        no_weight_decay: names of parameters that are not decayed, beside 1-D ones.
         seed: of the random numbers of a continuation whose own can't be restored.
+        streams: random numbers beside PyTorch's own that its state holds.
         regions: modules of `model` that are compiled: ZeRO-3 gathers the weights of one at once, no hooks inside.
 
     `forward` takes what the model's forward takes; floating-point inputs in `dtype`.
 
     Attributes:
         step_applied: False after a step that was left out: see `step`.
+        ds_config: what DeepSpeed was told in the end.
     """
 
     looking = False  # whether the step that DeepSpeed takes now looks at the gradient's norm
@@ -110,19 +127,31 @@ class Engine:
         lr_at: Callable[[int], float],
         weight_decay: float = 0.05,
         opt_betas: tuple[float, float] = (0.9, 0.95),
+        lr_scale: Mapping[str, float] | None = None,
+        no_weight_decay: Container[str] = (),
         seed: int = 0,
+        streams: RandomStreams | None = None,
         regions: Iterable[nn.Module] = (),
     ):
         half = ds_config["bf16"]["enabled"] or ds_config.get("torch_autocast", {}).get("enabled", False)
         self.world = world
         self.dtype = torch.bfloat16 if half else torch.float32
         self._seed = seed
+        self._streams = streams or RandomStreams(world.device)
         self._lr_at = lr_at
         self._trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._shapes = {name: p.shape for name, p in self._trained.items()}
         self._stage_3 = ds_config["zero_optimization"]["stage"] == 3
         exact = {name: p.detach().clone() for name, p in self._trained.items()}
-        groups = parameter_groups(model.parameters(), weight_decay)
+        # DeepSpeed fills a buffer of so many numbers at each step: by itself 5e8, whatever the model's size.
+        num_parameters = sum(p.numel() for p in self._trained.values())
+        zero_config = {"reduce_bucket_size": min(num_parameters, MAX_BUCKET), **ds_config["zero_optimization"]}
+        self.ds_config = {**ds_config, "zero_optimization": zero_config}
+        scales = {p: (lr_scale or {}).get(name, 1.0) for name, p in self._trained.items()}
+        undecayed = {p for name, p in self._trained.items() if name in no_weight_decay}
+        groups = parameter_groups(model.parameters(), weight_decay, scales, undecayed)
+        for group in groups:
+            group["lr"] = group["lr_scale"]  # the schedule multiplies it
         self._adamw = torch.optim.AdamW(groups, lr=1.0, betas=opt_betas, fused=True)
         for region in regions:
             set_z3_leaf_module(region, True)
@@ -131,13 +160,11 @@ class Engine:
                 model=model,
                 model_parameters=list(self._trained.values()),
                 optimizer=self._adamw,
-                # lr=1 above: the multiplier is the rate. DeepSpeed steps it once an optimizer step.
+                # a group's lr is its lr_scale: the multiplier is the rate. DeepSpeed steps it once an optimizer step.
                 lr_scheduler=lambda wrapped: torch.optim.lr_scheduler.LambdaLR(wrapped, lr_at),
-                config=ds_config,
+                config=self.ds_config,
             )
-        self._states_of = [
-            p for group in self._adamw.param_groups for p in group["params"]
-        ]  # flat partitions under ZeRO
+        self._states_of = [p for group in self._adamw.param_groups for p in group["params"]]  # flat parts under ZeRO
         if self._stage_3:  # which puts them into the groups for the moment of a step only
             self._states_of = self._engine.optimizer.fp32_partitioned_groups_flat
         for name, parameter in self._trained.items():
@@ -150,8 +177,8 @@ class Engine:
 
     @property
     def lr(self) -> float:
-        """Learning rate of the next optimizer step."""
-        return self._engine.get_lr()[0]
+        """Learning rate of the next optimizer step, of parameters whose `lr_scale` is 1."""
+        return self._lr_at(self._engine.lr_scheduler.last_epoch)
 
     def backward(self, loss: torch.Tensor) -> None:
         """Add this micro-batch's gradient, divided by the accumulation steps; ranks are averaged on the way."""
@@ -182,17 +209,63 @@ class Engine:
         gradients = [p.grad for p in self._trained.values() if p.grad is not None]
         return bool(torch.stack(torch._foreach_norm(gradients)).isfinite().all())
 
-    def trained_state(self) -> dict[str, torch.Tensor]:
-        """fp32 master weights of what the optimizer trains, on the CPU. Collective."""
+    @property
+    def masters(self) -> list[torch.Tensor]:
+        """The fp32 weights that this rank's optimizer updates, where they lie: flat parts of all of them under ZeRO."""
+        return [p.detach() for p in self._states_of]
+
+    def trained_state(self, instead: Sequence[torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+        """fp32 master weights of what the optimizer trains, on the CPU. Collective.
+
+        Args:
+            instead: what to give in place of `masters`, a tensor for each, such as their average over steps.
+        """
         state = {}
-        for name, parameter in self._trained.items():
-            whole = parameter.dtype == torch.float32 and not self._stage_3
-            full = parameter if whole else safe_get_full_fp32_param(parameter)
-            state[name] = full.detach().float().cpu().clone()
+        with contextlib.nullcontext() if instead is None else self._exchanged(instead):
+            for name, parameter in self._trained.items():
+                whole = parameter.dtype == torch.float32 and not self._stage_3 and instead is None
+                full = None if whole else safe_get_full_fp32_param(parameter)  # None without ZeRO
+                state[name] = (parameter if full is None else full).detach().float().cpu().clone()
         return state
 
-    def optimizer_state(self) -> dict[str, torch.Tensor]:
+    def scatter(self, state: Mapping[str, torch.Tensor], into: Sequence[torch.Tensor]) -> None:
+        """The other way: from whole weights by name to a tensor for each of `masters`. Collective.
+
+        Raises:
+            InputError: a weight is missing or of another shape.
+        """
+        with self._exchanged(into):
+            for name, parameter in self._trained.items():
+                if name not in state or state[name].shape != self._shapes[name]:
+                    raise InputError(f"{name} is missing, or not {tuple(self._shapes[name])}")
+                if self._engine.optimizer is self._adamw:
+                    parameter.data.copy_(state[name])
+                self._set(parameter, state[name])
+            for tensor, master in zip(into, self.masters, strict=True):
+                tensor.copy_(master)
+
+    @contextlib.contextmanager
+    def _exchanged(self, tensors: Sequence[torch.Tensor]) -> Iterator[None]:
+        """Inside the with block the master weights are others; 16-bit weights stay."""
+        kept = [master.clone() for master in self.masters]
+        try:
+            for master, tensor in zip(self.masters, tensors, strict=True):
+                master.copy_(tensor)
+            yield
+        finally:
+            for master, value in zip(self.masters, kept, strict=True):
+                master.copy_(value)
+
+    @property
+    def holds_all(self) -> bool:
+        """Whether this rank has all weights and moments itself."""
+        return self.world.world_size == 1 or self._engine.optimizer is self._adamw
+
+    def optimizer_state(self, *, alone: bool = False) -> dict[str, torch.Tensor]:
         """Both moments of each weight, whole and fp32, and every rank's random states, on rank 0's CPU. Collective.
+
+        Args:
+            alone: without the random states, and not collective, where this rank `holds_all`.
 
         Nothing in it depends on how many ranks there are or how ZeRO divides the optimizer among them.
         """
@@ -204,7 +277,8 @@ class Engine:
                     full = self._adamw.state[parameter][moment]
                 if self.world.is_main:
                     state[f"{moment}.{name}"] = full.detach().cpu()
-        for rank, random in enumerate(self.world.gather(_random_states(self.world.device))):
+        mine = {**random_states(self.world.device), **self._streams.states()}
+        for rank, random in enumerate([] if alone else self.world.gather(mine)):
             state.update({f"random_{kind}.{rank}": tensor for kind, tensor in random.items()})
         return state
 
@@ -256,11 +330,11 @@ class Engine:
         """Schedule and moments, zero, of an optimizer that took `step` steps."""
         scheduler, lr = self._engine.lr_scheduler, self._lr_at(step)
         scheduler.load_state_dict(
-            {**scheduler.state_dict(), "last_epoch": step, "_last_lr": [lr] * len(scheduler.base_lrs)}
+            {**scheduler.state_dict(), "last_epoch": step, "_last_lr": [lr * scale for scale in scheduler.base_lrs]}
         )
         self._engine.global_steps = step
         for group in self._adamw.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_scale"]
         for parameter in self._states_of:
             self._adamw.state[parameter] = {
                 "step": torch.tensor(float(step), device=parameter.device),
@@ -273,14 +347,19 @@ class Engine:
             zero._lazy_init_hp_params_optimizer_state()
 
     def _restore_random_states(self, saved: Mapping[str, torch.Tensor], step: int) -> None:
-        kinds = _random_states(self.world.device)
-        wanted = {f"random_{kind}.{rank}" for kind in kinds for rank in range(self.world.world_size)}
-        if wanted != set(saved):
+        mine, ranks = {}, set()
+        for key, state in saved.items():
+            kind, _, rank = key.removeprefix("random_").rpartition(".")
+            ranks.add(int(rank))
+            if int(rank) == self.world.rank:
+                mine[kind] = state
+        kinds = random_states(self.world.device).keys()
+        own = {kind: mine.pop(kind) for kind in tuple(mine) if "." not in kind}
+        if own.keys() != kinds or ranks != set(range(self.world.world_size)):
             seed_rank(self._seed, step, self.world.rank)
             return
-        torch.set_rng_state(saved[f"random_cpu.{self.world.rank}"])
-        if "cuda" in kinds:
-            torch.cuda.set_rng_state(saved[f"random_cuda.{self.world.rank}"], self.world.device)
+        set_random_states(own, self.world.device)
+        self._streams.restore(mine)
 
 
 def save_state(folder: Path, state: Mapping[str, torch.Tensor], client_state: Mapping[str, Any]) -> None:
@@ -310,11 +389,31 @@ def _leave_gradients_on_the_device() -> None:
         asked = module.is_invalid_grad_norm
         module.is_invalid_grad_norm = lambda norm, asked=asked: Engine.looking and asked(norm)
     deepspeed.runtime.bf16_optimizer.clip_tensors_by_global_norm = _clip
+    deepspeed.runtime.bf16_optimizer.get_global_norm_of_tensors = _global_norm
+    deepspeed.runtime.bf16_optimizer.BF16_Optimizer._update_hp_grad = _add_gradient
 
 
 def _clip(input_tensors: list[torch.Tensor], max_norm: float, global_norm: torch.Tensor, mpu: object = None) -> None:
     """DeepSpeed's, without its question whether there is anything to clip."""
     torch._foreach_mul_(input_tensors, (max_norm / (global_norm + 1e-6)).clamp(max=1.0))
+
+
+def _global_norm(input_tensors: list[torch.Tensor], mpu: object = None, norm_type: float = 2.0) -> torch.Tensor:
+    """DeepSpeed's, -1 where it is not finite, in a few kernels instead of one for each parameter."""
+    norm = torch.stack(torch._foreach_norm(input_tensors, norm_type)).pow(norm_type).sum().pow(1 / norm_type)
+    return torch.where(norm.isfinite(), norm, -1.0)
+
+
+def _add_gradient(optimizer: Any, parameter: nn.Parameter, group: int, index: int, clear_lp_grads: bool) -> None:
+    """DeepSpeed's sum of a parameter's bf16 gradients in fp32, in one kernel instead of two."""
+    if parameter.grad is None:
+        return
+    total = optimizer.fp32_groups_gradients[group][index]
+    total.data.add_(parameter.grad.data.view(total.shape))
+    parameter._hp_grad = total
+    optimizer.fp32_groups_has_gradients[group][index] = True
+    if clear_lp_grads:
+        parameter.grad.zero_()
 
 
 _leave_gradients_on_the_device()
@@ -329,10 +428,3 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         gc.unfreeze()
-
-
-def _random_states(device: torch.device) -> dict[str, torch.Tensor]:
-    states = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state(device)
-    return states

@@ -19,6 +19,7 @@ if __package__ in (None, ""):
 
 from collections.abc import Sequence
 
+from tinymim_fast.errors import end_process
 from tinymim_fast.tasks.pretrain import PretrainConfig, build_task
 from tinymim_fast.training import program
 
@@ -29,4 +30,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

@@ -1,14 +1,18 @@
-"""Token relations to look at: rows of the relation of two projections, and a picture of them over their image."""
+"""Token relations to look at: rows of the relation of two projections, of several models on one image."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+from PIL import Image, ImageOps
+from timm.models.vision_transformer import VisionTransformer
 
-from tinymim_fast.files import whole_file
+from tinymim_fast.errors import InputError
+from tinymim_fast.models.preprocessing import Preprocessing
+from tinymim_fast.models.taps import Place, Taps
 
 
 def relation_rows(qkv: torch.Tensor, relation: str, heads: int) -> torch.Tensor:
@@ -52,69 +56,104 @@ def telling_queries(rows: torch.Tensor, count: int) -> list[int]:
     return chosen
 
 
-def draw_relation_maps(
-    path: str | Path,
-    image: np.ndarray,
-    grid: tuple[int, int],
-    queries: Sequence[int],
-    maps: Mapping[str, Mapping[str, np.ndarray]],
-    *,
-    title: str,
-) -> None:
-    """A PNG with a line for each query patch: the image, then for each relation what each model relates the query to.
-
-    The query is framed. In one line and relation all maps share one colour scale, from 0 to the first model's largest
-    value.
+@dataclass(frozen=True, kw_only=True)
+class Viewed:
+    """A model whose relations are looked at.
 
     Args:
-        path: of the picture; appears whole or not at all.
-        image: (height, width, 3), 0..255.
-        grid: rows and columns of patches.
-        queries: patch numbers, 0-based, in reading order.
-        maps: by the relation's title, then by the model's in the order of columns, (len(queries), patches), 0..1.
-        title: over the picture.
+        title: what it is called.
+        vit: the model; put into evaluation mode.
+        block: 1-based, whose projections are related.
+        expects: mean and standard deviation of its images.
+    """
+
+    title: str
+    vit: VisionTransformer
+    block: int
+    expects: Preprocessing
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        return self.vit.patch_embed.grid_size
+
+    def projection(self, image: Image.Image) -> torch.Tensor:
+        """Its packed projection of an image that is square by now, (1, N, 3 C), fp32."""
+        pixels = torch.from_numpy(np.array(image.resize(self.vit.patch_embed.img_size[::-1], Image.BICUBIC)) / 255)
+        mean, std = torch.tensor(self.expects.mean), torch.tensor(self.expects.std)
+        device = next(self.vit.parameters()).device
+        batch = ((pixels.float() - mean) / std).permute(2, 0, 1)[None].to(device)
+        with torch.inference_mode():
+            (qkv,) = Taps(self.vit.eval(), [Place("qkv", self.block)])(batch).values()
+        return qkv.float().cpu()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compared:
+    """What several models make of one image.
+
+    Args:
+        image: (height, width, 3), 0..255, square.
+        rows: relations between patches by relation, then by model, the teacher first: (heads, patches, patches), each
+            row what is left of a distribution without the tokens before the patches.
+        kl: KL(teacher || model), nats, mean over all tokens, by relation and student: (heads,).
+    """
+
+    image: np.ndarray
+    rows: Mapping[str, Mapping[str, torch.Tensor]]
+    kl: Mapping[str, Mapping[str, torch.Tensor]]
+
+
+def check_viewed(teacher: Viewed, students: Sequence[Viewed], heads: int) -> None:
+    """Refuse models whose relations can't be laid side by side.
 
     Raises:
-        OSError: the picture can't be written.
+        InputError: other grids of patches, or heads that don't divide a width; argument "heads" of these.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Rectangle
+    for model in (teacher, *students):
+        width = model.vit.embed_dim
+        if width % heads:
+            raise InputError(f"got {heads}, want a number that divides {model.title}'s width {width}", argument="heads")
+        if model.grid != teacher.grid:
+            ours, theirs = (f"{m.title} has {m.grid[0]} x {m.grid[1]} patches" for m in (model, teacher))
+            raise InputError(f"{ours}, and {theirs}; want one grid")
 
-    height, width = image.shape[:2]
-    patch_height, patch_width = height / grid[0], width / grid[1]
-    numbers_of_columns = [1, *(len(of_model) for of_model in maps.values())]
-    figure = Figure(figsize=(1.5 * sum(numbers_of_columns) + 0.4, 1.5 * len(queries) + 1.3), layout="constrained")
-    FigureCanvasAgg(figure)
-    figure.suptitle(title)
-    groups = figure.subfigures(1, len(numbers_of_columns), width_ratios=numbers_of_columns, squeeze=False)[0]
-    panels = [
-        group.subplots(len(queries), num, squeeze=False) for group, num in zip(groups, numbers_of_columns, strict=True)
-    ]
-    for column in panels[0]:
-        column[0].imshow(image)
-    groups[0].suptitle(" ", fontsize=11)  # as high as the relations' titles, so that the lines are level
-    panels[0][0, 0].set_title("image\nand query", fontsize=9)
-    grey = np.asarray(image, dtype=np.float64).mean(-1)
-    for group, lines, (relation, of_model) in zip(groups[1:], panels[1:], maps.items(), strict=True):
-        group.suptitle(relation, fontsize=11)
-        tops = next(iter(of_model.values())).max(-1)
-        for column, (model, rows) in enumerate(of_model.items()):
-            lines[0, column].set_title(model, fontsize=9)
-            for panel, row, top in zip(lines[:, column], rows, tops, strict=True):
-                panel.imshow(grey, cmap="gray", vmin=0, vmax=255)
-                panel.imshow(
-                    row.reshape(grid), cmap="inferno", vmin=0, vmax=top, alpha=0.75,
-                    extent=(-0.5, width - 0.5, height - 0.5, -0.5),
-                )  # fmt: skip
-    for lines in panels:
-        for line, query in zip(lines, queries, strict=True):
-            corner = query % grid[1] * patch_width - 0.5, query // grid[1] * patch_height - 0.5
-            for panel in line:
-                panel.set(xticks=[], yticks=[])
-                panel.spines[:].set_visible(False)
-                panel.add_patch(
-                    Rectangle(corner, patch_width, patch_height, fill=False, edgecolor="cyan", linewidth=1.5)
-                )
-    with whole_file(path) as temporary:
-        figure.savefig(temporary, dpi=130)
+
+def compare(
+    image: Image.Image, teacher: Viewed, students: Sequence[Viewed], relations: Sequence[str], heads: int
+) -> Compared:
+    """Each model's relations on the largest square in the middle of an image.
+
+    Where models have other tokens before their patches, all are compared on the patches alone.
+
+    Args:
+        image: RGB.
+        teacher: what the others are measured against.
+        students: any number.
+        relations: pairs of the letters q, k and v.
+        heads: of the relations.
+
+    Raises:
+        InputError: see `check_viewed`.
+    """
+    check_viewed(teacher, students, heads)
+    side = max(teacher.vit.patch_embed.img_size[0], 224)
+    square = ImageOps.fit(image, (side, side), Image.BICUBIC)
+    models = (teacher, *students)
+    prefixes = {model.title: model.vit.num_prefix_tokens for model in models}
+    differ = len(set(prefixes.values())) > 1
+    rows: dict[str, dict[str, torch.Tensor]] = {relation: {} for relation in relations}
+    kl: dict[str, dict[str, torch.Tensor]] = {relation: {} for relation in relations}
+    whole: dict[str, torch.Tensor] = {}  # the teacher's, tokens before the patches included
+    for model in models:
+        prefix, qkv = prefixes[model.title], model.projection(square)
+        if differ:
+            prefix, qkv = 0, qkv[:, prefix:]
+        for relation in relations:
+            found = relation_rows(qkv, relation, heads)
+            if model is teacher:
+                whole[relation] = found
+            else:
+                kl[relation][model.title] = head_kl(whole[relation], found)[0]
+            rows[relation][model.title] = found[0, :, prefix:, prefix:]
+    return Compared(image=np.asarray(square), rows=rows, kl=kl)

@@ -11,7 +11,7 @@ import readme_tables
 ROOT = Path(__file__).parent.parent.parent
 EMPTY = "".join(
     f"# {name}\n<!-- {name}: made by `make readme-tables` -->\n<!-- /{name} -->\n"
-    for name in ("performance", "proof", "reliability")
+    for name in ("performance", "study", "proof", "reliability")
 )
 LOSS = {
     "benchmark": "relation_loss",

@@ -41,7 +41,8 @@ def measure(world, folder, point=POINT, providers=tuple(step_loops.PROVIDERS)):
     ],
 )
 def test_rows(world, folder, precision, zero_stage, providers):
-    rows = measure(world, folder, replace(POINT, precision=precision, zero_stage=zero_stage), providers)
+    changes = {"precision": precision, "teacher_precision": precision, "zero_stage": zero_stage}
+    rows = measure(world, folder, replace(POINT, **changes), providers)
     assert list(rows) == providers
     for row in rows.values():
         assert row["status"] == harness.OK, row
@@ -52,6 +53,37 @@ def test_rows(world, folder, precision, zero_stage, providers):
         assert 0 < row["grad_error"] < (1e-5 if precision == "fp32" else 0.1)
         assert 0 < row["matmul_share"] < 1
         assert row["floor_ms"] is None  # roofs of memory are a GPU's
+
+
+def test_teachers_have_the_precision_of_a_run_and_the_official_one_the_students(world, folder, monkeypatch):
+    monkeypatch.setattr("tinymim_fast.models.precision.architecture", lambda device: "cpu_avx512_bf16")
+    rows = measure(
+        world, folder, replace(POINT, precision="fp32"), ["official_loop", "ours", "ours, teacher_precision int8"]
+    )
+    assert [row["status"] for row in rows.values()][:2] == [harness.OK] * 2, rows
+    assert [row["teacher_dtype"] for row in rows.values()] == ["fp32", "bf16", "int8"]
+    assert rows["official_loop"]["loss_error"] < 1e-5 < rows["ours"]["loss_error"] < 0.05
+
+
+def test_settings_that_cant_run_here_say_why(world, folder):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU, which can")
+    names = ["ours, attention sdpa", "ours, attention cudnn", "ours, cuda_graphs true", "ours, teacher_precision fp8"]
+    first, *others = measure(world, folder, providers=names).values()
+    assert first["status"] == harness.OK and first["step_ms"] > 0
+    for row, reason in zip(others, ("can't run on cpu", "needs a CUDA device", "needs a GPU"), strict=True):
+        assert row["status"] == harness.NOT_AVAILABLE and reason in row["detail"], row
+
+
+def test_two_students_of_one_teacher_pass(world, folder):
+    """Both are timed, and the losses of each are those alone."""
+    point = replace(POINT, sweep="students", pair=train_step.STUDENTS, precision="fp32")
+    with contextlib.ExitStack() as opened:
+        rows = train_step.measure_students(point, world, folder, opened, num_repeats=2, seconds=0)
+    assert list(rows) == ["together", "apart"]
+    for row in rows.values():
+        assert row["status"] == harness.OK and row["loss_error"] == 0, row
+        assert row["images_per_s"] == pytest.approx(4e3 / row["step_ms"], rel=0.01)
 
 
 def test_images_from_the_loader_are_waited_for(world, folder, monkeypatch):
@@ -83,7 +115,7 @@ def test_who_fails_gets_no_number(world, folder, monkeypatch):
 
     failing = {"wrong loss": wrong_loss, "wrong gradient": wrong_gradient, "error": lambda *_: 1 / 0, "hungry": hungry}
     monkeypatch.setattr(train_step, "PROVIDERS", {"plain": plain, **failing})
-    rows = measure(world, folder, replace(POINT, precision="fp32"), ["plain", *failing])
+    rows = measure(world, folder, replace(POINT, precision="fp32", teacher_precision="fp32"), ["plain", *failing])
     wanted = ["ok", harness.FAILED_GATE, harness.FAILED_GATE, harness.NOT_AVAILABLE, harness.OUT_OF_MEMORY]
     assert [row["status"] for row in rows.values()] == wanted
     assert all(row["detail"] and row["step_ms"] is None for name, row in rows.items() if name != "plain")

@@ -245,6 +245,41 @@ def test_a_continued_run_keeps_its_list(damageable_index, tmp_path):
         resume.find_run_images(config, resumed=True)
 
 
+@pytest.mark.fault(
+    "shards are packed anew between stop and start", "each image is found by its name; or refused", tries=2
+)
+def test_a_continued_run_finds_its_images_in_shards_packed_anew(damageable_index, tmp_path):
+    """Shards of the same names, with other images in other places; then with one damaged, and one that is gone."""
+    root, packed, output_dir = damageable_index.root, tmp_path / "packed", tmp_path / "run"
+    config = parse(DistillConfig, distill_flags(packed, "none", output_dir, max_bad_files=0.05), "train.py")
+    assert pack.main([str(root), str(packed), "--workers=1", "--max-count=20"]) == 0
+    began = resume.find_run_images(config, resumed=False)
+    pictures = [np.asarray(began.read_image(i)) for i in range(48)]
+    output_dir.mkdir()
+    began.save(output_dir / resume.INDEX)
+    shutil.rmtree(packed)
+    assert pack.main([str(root), str(packed), "--workers=1", "--max-count=30"]) == 0
+    (packed / "index.npz").unlink()  # as shards of another program have none
+    now = resume.find_run_images(config, resumed=True)
+    assert now.paths == began.paths and not np.array_equal(now.spans, began.spans)
+    assert all(np.array_equal(np.asarray(now.read_image(i)), pictures[i]) for i in range(48))
+    shard, offset = now.spans[7].tolist()
+    with open(packed / now.shards[shard], "r+b") as file:
+        file.seek(offset)
+        file.write(bytes(int(now.num_bytes[7])))
+    now = resume.find_run_images(config, resumed=True)
+    assert now.paths == began.paths
+    bad_files = BadFiles(now)
+    bad_files.recheck(now.paths)
+    assert bad_files.reasons.keys() == {7}
+    assert all(np.array_equal(np.asarray(now.read_image(i)), pictures[i]) for i in range(48) if i != 7)
+    os.remove(damageable_index.file(7))
+    shutil.rmtree(packed)
+    assert pack.main([str(root), str(packed), "--workers=1"]) == 0
+    with pytest.raises(InputError, match="holds 47 images, not the 48 that this run began with"):
+        resume.find_run_images(config, resumed=True)
+
+
 def run_two_ranks(*flags):
     """Exit codes and outputs of two training processes."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}

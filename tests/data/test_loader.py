@@ -107,6 +107,56 @@ def test_without_jitter_both_views_are_equal(drawn_index, loader_name):
             assert torch.equal(teacher_view, student_view)
 
 
+def test_each_view_has_its_own_mean_and_std(drawn_index, loader_name):
+    """Against the views of one mean and standard deviation, undone and done anew."""
+    teacher = {"teacher_mean": (0.5, 0.4, 0.3), "teacher_std": (0.5, 0.25, 0.125)}
+    mean, std, mean_t, std_t = (
+        torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD, *teacher.values())
+    )
+    with train_loader(drawn_index, loader_name) as one, train_loader(drawn_index, loader_name, **teacher) as two:
+        for (teacher_view, student_view), (own, same) in zip(one.batches(0, 2), two.batches(0, 2)):
+            assert torch.equal(student_view, same)
+            torch.testing.assert_close(own, (teacher_view * std + mean - mean_t) / std_t, rtol=0, atol=1e-5)
+
+
+def test_the_students_view_may_have_another_size(drawn_index, loader_name):
+    """Each view is that of a loader whose views have its size: the same crops, flips and jitter."""
+    with (
+        train_loader(drawn_index, loader_name, student_img_size=80) as both,
+        train_loader(drawn_index, loader_name) as of_teacher,
+        train_loader(drawn_index, loader_name, img_size=80) as of_student,
+    ):
+        for found, first, second in zip(both.batches(0, 2), of_teacher.batches(0, 2), of_student.batches(0, 2)):
+            assert torch.equal(found[0], first[0]) and torch.equal(found[1], second[1])
+            assert found[1].shape[-2:] == (80, 80)
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "lanczos", "box", "hamming", "nearest"])
+def test_interpolations_are_pils(drawn_index, loader_name, interpolation):
+    """In training, whole images resized; and in evaluation: both against PIL, and others than bicubic."""
+    whole = {"scale": (1.0, 1.0), "ratio": (1.0, 1.0), "hflip": 0.0, "color_jitter": None, "workers": 0}
+    how, size = Image.Resampling[interpolation.upper()], 40
+
+    def by_pil(sample_ids, resampling=how):
+        images = [drawn_index.read_image(i).resize((size, size), resampling) for i in sample_ids.tolist()]
+        pixels = torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in images]) / 255
+        return (pixels - torch.tensor(IMAGENET_MEAN).view(3, 1, 1)) / torch.tensor(IMAGENET_STD).view(3, 1, 1)
+
+    with train_loader(drawn_index, loader_name, img_size=size, interpolation=interpolation, **whole) as loader:
+        found = [(views[0], torch.from_numpy(loader.plan.sample_ids(0))) for views in loader.batches(0, 1)]
+    changes = {"img_size": size, "resize_size": size, "interpolation": interpolation, "workers": 0}
+    with eval_loader(drawn_index, loader_name, **changes) as loader:
+        found.append(next((images, sample_ids) for images, _, sample_ids in loader))
+    for images, sample_ids in found:
+        assert mean_difference(images, by_pil(sample_ids)).max() < LIMITS["cpu"][0][0]
+        assert mean_difference(images, by_pil(sample_ids, Image.Resampling.BICUBIC)).min() > 0.3
+
+
+def test_an_interpolation_that_nobody_has_is_refused(drawn_index, loader_name):
+    with pytest.raises(DataError, match="interpolation: got random, want one of bicubic, bilinear"):
+        eval_loader(drawn_index, loader_name, interpolation="random")
+
+
 def test_one_view_is_the_teachers(drawn_index, loader_name):
     with (
         train_loader(drawn_index, loader_name) as two,
@@ -138,8 +188,15 @@ def operations(request, monkeypatch):
     if request.param == "gpu":
         for name in ("_resize", "_saturate"):
             original = getattr(dali, name)
-            monkeypatch.setattr(dali, name, lambda image, parameter, threads, op=original: op(image, parameter, None))
+            monkeypatch.setattr(dali, name, lambda *arguments, op=original: op(*arguments[:-1], None))
     return request.param
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "lanczos", "nearest"])
+def test_dalis_own_interpolations_are_pils(drawn_index, operations, interpolation):
+    """Those that a GPU has; the others are refused there, or done by torchvision."""
+    changes = {"scale": (0.4, 1.0), "color_jitter": None, "interpolation": interpolation, "num_steps": 1}
+    assert_loaders_agree(drawn_index, operations, **changes)
 
 
 def test_loaders_agree_on_drawn_pictures(drawn_index, operations):

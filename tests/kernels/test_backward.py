@@ -1,7 +1,8 @@
-"""What backend "triton" does with the upstream gradient, and launches that are replayed."""
+"""What fused backends do with the upstream gradient, and launches that are replayed."""
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from support.relations import loss_and_grad, packed
 from tinymim_fast.kernels import RelationLoss, relation_loss, replay, triton_backend
@@ -36,15 +37,46 @@ def test_a_factor_of_one_touches_nothing():
     assert torch.equal(gradient.view(torch.int32), bits) and gradient._version == version
 
 
-@needs_interpreter
+BACKENDS = [pytest.param("triton", marks=needs_interpreter), "chunked"]
+
+
+class LargeResults(TorchDispatchMode):
+    """Names of the operators that write a tensor of so many numbers or more."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.size, self.names = size, []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.numel() >= self.size and not function.is_view:
+            self.names.append(str(function))
+        return result
+
+
+@pytest.mark.usefixtures("loops")
+@pytest.mark.parametrize("weight", [1.0, 3.0])
+def test_a_mean_on_the_cpu_is_not_multiplied_again(weight):
+    """The forward pass wrote its gradient; a factor that is not 1 is applied in place."""
+    qkv_s, qkv_t = packed((2, 12, 2, 8, 16))
+    qkv_s.requires_grad_()
+    loss = weight * relation_loss(qkv_s, qkv_t, relation_heads=2, backend="chunked")["loss"]
+    with LargeResults(qkv_s.numel()) as large:
+        (gradient,) = torch.autograd.grad(loss, qkv_s)
+    assert large.names == ([] if weight == 1 else ["aten.mul_.Tensor"])
+    _, kept = loss_and_grad(relation_loss, qkv_s, qkv_t, relation_heads=2, backend="reference")
+    torch.testing.assert_close(gradient, weight * kept)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("lengths", [None, torch.tensor([12, 5])], ids=["whole", "lengths"])
 @pytest.mark.parametrize("relations", [("qk", "vv"), ("vv",), ("qk", "qq")], ids="+".join)
-def test_a_kept_graph_has_the_same_gradient_again(dtype, lengths, relations):
+def test_a_kept_graph_has_the_same_gradient_again(dtype, lengths, relations, backend):
     """The pass that may, works in place; those before it, of a kept graph, leave what the forward pass wrote."""
     qkv_s, qkv_t = packed((2, 12, 2, 8, 16), dtype)
     qkv_s.requires_grad_()
-    loss_fn = RelationLoss(2, relations=relations, backend="triton")
+    loss_fn = RelationLoss(2, relations=relations, backend=backend)
     loss = loss_fn(qkv_s, qkv_t, lengths=lengths)["loss"]
 
     def gradient(upstream, retain_graph):
@@ -57,12 +89,12 @@ def test_a_kept_graph_has_the_same_gradient_again(dtype, lengths, relations):
     torch.testing.assert_close(last, first, **tolerance)
 
 
-@needs_interpreter
-def test_weights_of_relations_reach_their_projections():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_weights_of_relations_reach_their_projections(backend):
     qkv_s, qkv_t = packed((2, 12, 2, 8, 16))
     by_relation = {"qk": 2.0, "vv": 0.5}
-    _, weighted = loss_and_grad(RelationLoss(2, weights=by_relation, backend="triton"), qkv_s, qkv_t)
-    _, plain = loss_and_grad(relation_loss, qkv_s, qkv_t, relation_heads=2, backend="triton")
+    _, weighted = loss_and_grad(RelationLoss(2, weights=by_relation, backend=backend), qkv_s, qkv_t)
+    _, plain = loss_and_grad(relation_loss, qkv_s, qkv_t, relation_heads=2, backend=backend)
     factors = torch.tensor([2.0, 2.0, 0.5]).repeat_interleave(16)
     torch.testing.assert_close(weighted, plain * factors, rtol=1e-6, atol=1e-9)
 

@@ -54,7 +54,7 @@ dist.init_process_group("gloo")
 torch.manual_seed(0)
 names = {"__name__": "snippet"}
 exec(snippet, names)
-student, teacher, loss_fn, vit = names["student"], names["teacher"], names["loss_fn"], names["student"].vit
+student, teacher, loss_fn, vit = names["student"], names["teacher"], names["loss_fn"], names["student"].model
 student.zero_grad()
 if sys.argv[2] == "ddp":
     student = DistributedDataParallel(student, find_unused_parameters=True)

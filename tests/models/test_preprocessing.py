@@ -2,6 +2,8 @@
 
 import json
 import logging
+from dataclasses import replace
+from typing import get_args
 
 import pytest
 import timm
@@ -9,13 +11,14 @@ import torch
 from timm.models import save_for_hf
 
 from support.programs import distill_flags
-from tinymim_fast.config import parse
+from tinymim_fast.config import RunConfig, parse
+from tinymim_fast.data.views import INTERPOLATIONS
 from tinymim_fast.errors import InputError
 from tinymim_fast.evaluate import eval_view
 from tinymim_fast.export import export
 from tinymim_fast.models.checkpoints import load_encoder
 from tinymim_fast.models.preprocessing import Preprocessing
-from tinymim_fast.tasks.distill import DistillConfig, build_teacher
+from tinymim_fast.tasks.distill import DistillConfig, load_teacher
 
 SMALL = {"patch_size": 8, "embed_dim": 96, "depth": 3, "num_heads": 3}
 
@@ -44,7 +47,9 @@ def test_evaluation_makes_images_as_the_model_expects(folder, caplog):
     _, info = load_encoder(str(folder))
     view = eval_view(info, str(folder))
     assert (view.img_size, view.resize_size, view.mean, view.std) == (32, 32, (0.5,) * 3, (0.5,) * 3)
-    assert "images resized by bilinear were expected" in caplog.text
+    assert view.interpolation == "bilinear" and "were expected" not in caplog.text
+    view = eval_view(replace(info, preprocessing={**info.preprocessing, "interpolation": "random"}), str(folder))
+    assert view.interpolation == "bicubic" and "images resized by random were expected" in caplog.text
 
 
 @pytest.mark.fault(
@@ -72,6 +77,17 @@ def test_a_file_that_says_nothing_is_assumed_to_be_imagenets_and_that_is_said(te
     assert "does not say how its images were made; assumed: " in caplog.text
 
 
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+def test_a_teacher_of_another_interpolation_is_said(interpolation, folder, image_folder, tmp_path, caplog):
+    changes = {"teacher_model": None, "teacher_model_kwargs": "{}", "interpolation": interpolation}
+    load_teacher(parse(DistillConfig, distill_flags(image_folder, folder, tmp_path / "run", **changes), "p"))
+    assert ("trained on images resized by bilinear, here by bicubic" in caplog.text) == (interpolation == "bicubic")
+
+
+def test_a_run_takes_what_the_loaders_have():
+    assert get_args(RunConfig.__annotations__["interpolation"]) == INTERPOLATIONS
+
+
 @pytest.mark.fault(
     "a model of another mean, standard deviation, size or crop", "kept by evaluation and export, said in training"
 )
@@ -79,7 +95,7 @@ def test_a_file_that_says_nothing_is_assumed_to_be_imagenets_and_that_is_said(te
 def test_a_teacher_of_another_normalisation_is_said(mean, said, folder, image_folder, tmp_path, caplog):
     caplog.set_level(logging.WARNING)
     changes = {"teacher_model": None, "teacher_model_kwargs": "{}", "mean": mean, "std": "[0.5,0.5,0.5]"}
-    build_teacher(parse(DistillConfig, distill_flags(image_folder, folder, tmp_path / "run", **changes), "p"))
+    load_teacher(parse(DistillConfig, distill_flags(image_folder, folder, tmp_path / "run", **changes), "p"))
     message = "the teacher was trained on images of another mean 0.5 0.5 0.5, here 0.485 0.456 0.406"
     assert (message in caplog.text) == said and "std" not in caplog.text
 
@@ -102,6 +118,12 @@ def test_crops():
 def test_values_that_cant_be(wrong):
     with pytest.raises(InputError, match=f"source: m: says {next(iter(wrong))} .*, which can't be"):
         Preprocessing.from_config({"mean": [0.5] * 3, "std": [0.5] * 3, **wrong}, "m")
+
+
+def test_values_of_255_are_divided(caplog):
+    said = {"mean": [123.675, 116.28, 103.53], "std": [58.395, 57.12, 57.375]}
+    assert not Preprocessing.from_config(said, "m").differences((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    assert "m: its mean and std are of 255: divided by 255" in caplog.text
 
 
 def test_what_says_nothing_is_none():

@@ -65,11 +65,19 @@ class Forked:
             time.sleep(0.01)
         return self.returncode
 
-    def wait_for(self, text: str, timeout: float = 60) -> None:
+    def wait_for(self, text: str, timeout: float = 180) -> None:
         """Until the output holds `text`; an error where it ends without, or after `timeout` seconds."""
         deadline = time.monotonic() + timeout
         while text not in self.output:
             assert self._read_some(deadline), f"never said {text!r}:\n{self.output}"
+
+    def wait_for_silence(self, seconds: float = 3, timeout: float = 180) -> None:
+        """Until it has said nothing for so long."""
+        deadline = time.monotonic() + timeout
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            while time.monotonic() < deadline:
+                assert self._read_some(time.monotonic() + seconds), f"it ended:\n{self.output}"
+            raise AssertionError(f"never silent for {seconds} s")
 
     def communicate(self, timeout: float = 120) -> tuple[str, None]:
         """All of its output, when it and all that hold its output have ended."""
@@ -172,7 +180,8 @@ def keep(status: int, output: int) -> bool:
     os.close(output)
     os.write(status, f"{pid} {keeper}\n".encode())
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    os.write(status, f"{code}\n".encode())
+    with contextlib.suppress(BrokenPipeError):  # the tests ended
+        os.write(status, f"{code}\n".encode())
     os._exit(0)
 
 
@@ -185,7 +194,9 @@ def main() -> None:
     import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  deepspeed.initialize imports it: 1 s
     import matplotlib.figure  # noqa: F401
 
-    for module in ("train", "pretrain", "evaluate", "export"):
+    from tinymim_fast.errors import end_process
+
+    for module in ("train", "pretrain", "finetune", "evaluate", "export", "chain"):
         importlib.import_module(f"tinymim_fast.{module}")
     gc.freeze()
     request = serve(socket.socket(fileno=int(sys.argv[1])))
@@ -196,7 +207,7 @@ def main() -> None:
     os.environ.update(request["env"])
     tempfile.tempdir = None
     sys.argv = [request["module"], *request["argv"]]
-    sys.exit(importlib.import_module(request["module"]).main(request["argv"]))
+    end_process(importlib.import_module(request["module"]).main(request["argv"]))
 
 
 if __name__ == "__main__":

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import os
 import random
+import signal
+import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +19,8 @@ import torch
 from safetensors.torch import load_file
 
 from support.fork_server import Forked
-from support.programs import start_ranks
+from support.programs import PACKAGE, start_ranks, start_training
+from tinymim_fast.distributed import free_port
 from tinymim_fast.models.checkpoints import latest_checkpoint, list_checkpoints
 from tinymim_fast.training.metrics import read_metrics
 
@@ -57,7 +63,7 @@ def kill_in_writing(start: Callable[[], list[Forked]], output_dir: Path, rng: ra
             run.kill()
             tally.kills += 1
         for run in runs:  # what lost a rank ends by itself
-            run.communicate(60)
+            run.communicate(120)
     finally:
         for run in runs:
             run.kill()
@@ -164,3 +170,52 @@ def unfinished(folder: Path, since: int) -> bool:
         return any(path.stat().st_mtime_ns > since for path in paths)
     except FileNotFoundError:  # renamed or removed meanwhile, or no folder yet
         return False
+
+
+def lose_a_host(flags: Sequence[str], *, output_dir: Path, reference: Path, log: Path) -> None:
+    """Two torchruns meet at a port and train with two ranks; one is killed with its rank, and the other ends the run.
+
+    Losses must be the reference's, of one rank, to 2 %.
+    """
+    port = free_port()
+    elastic = [
+        *["--nnodes=1:2", "--nproc-per-node=1", "--max-restarts=2", "--rdzv-backend=c10d", "--rdzv-id=run"],
+        *[f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-conf=last_call_timeout=25"],
+    ]
+    command = (Path(sys.executable).parent / "torchrun", *elastic, PACKAGE / "train.py", *flags)
+    with open(log, "w") as stdout:
+        hosts = [start_training(*command, stdout=stdout)]
+        try:
+            _wait_until(lambda: _is_open(port), hosts[0], log)  # the first holds the rendezvous, and stays
+            hosts.append(start_training(*command, stdout=stdout))
+            _wait_until(lambda: latest_checkpoint(output_dir) is not None, hosts[0], log)
+            assert _images_at_once(output_dir) == 8, f"the second came too late to share the 16\n{log.read_text()}"
+            lost = hosts[1]
+            for rank in subprocess.run(["pgrep", "-P", str(lost.pid)], capture_output=True, text=True).stdout.split():
+                os.killpg(int(rank), signal.SIGKILL)
+            lost.kill()
+            assert hosts[0].wait(240) == 0, log.read_text()
+        finally:
+            for host in hosts:
+                host.terminate()
+    assert "continuing from" in log.read_text() and _images_at_once(output_dir) == 16, log.read_text()
+    ours, theirs = read_metrics(output_dir), read_metrics(reference)
+    assert [r["step"] for r in ours] == [r["step"] for r in theirs]
+    assert max(abs(a["loss"] / b["loss"] - 1) for a, b in zip(ours, theirs, strict=True)) < 0.02
+
+
+def _images_at_once(output_dir: Path) -> int:
+    """Of each rank, as the run was last started."""
+    return json.loads((output_dir / "deepspeed_config.json").read_text())["train_micro_batch_size_per_gpu"]
+
+
+def _is_open(port: int) -> bool:
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", port)) == 0
+
+
+def _wait_until(condition: Callable[[], bool], process: subprocess.Popen, log: Path, timeout: float = 240) -> None:
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+        time.sleep(0.05)

@@ -117,7 +117,7 @@ def start_forked(program: str, *flags: object, **environment: str) -> Forked:
     """`python -m tinymim_fast.PROGRAM FLAGS...` without its imports: see the head of this file.
 
     Args:
-        program: "train", "pretrain", "evaluate" or "export".
+        program: "train", "pretrain", "finetune", "evaluate", "export" or "chain".
         flags: of the program.
         **environment: variables to add, e.g. RANK="0".
     """

@@ -18,6 +18,7 @@ from support.runs import Stopped, distil, last_step, stopping, with_prepare
 from tinymim_fast import engine, evaluate
 from tinymim_fast.config import parse
 from tinymim_fast.distributed import World
+from tinymim_fast.errors import end_process
 from tinymim_fast.evaluation import knn
 from tinymim_fast.tasks import distill
 
@@ -81,18 +82,18 @@ def main() -> int:
         train_and_record(world, Path(path), int(rest[0]), rest[1:])
         engine.stop()
         return 0
-    accuracy = knn.knn_accuracy
+    correct = knn.knn_correct
 
-    def keep(train_part, val_part):
+    def keep(train_part, val_part, **options):
         np.savez(
             path,
             **{f"{s}_{k}": t for s, pair in (("train", train_part), ("val", val_part)) for k, t in zip("xy", pair)},
         )
-        return accuracy(train_part, val_part)
+        return correct(train_part, val_part, **options)
 
-    with patched(knn, knn_accuracy=keep):
+    with patched(knn, knn_correct=keep):
         return evaluate.main(rest)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

@@ -11,7 +11,7 @@ from support.programs import TINY
 from tinymim_fast.config import name_flags, parse
 from tinymim_fast.distributed import World
 from tinymim_fast.models.checkpoints import latest_checkpoint
-from tinymim_fast.tasks import distill, pretrain
+from tinymim_fast.tasks import distill, finetune, pretrain
 from tinymim_fast.training import loop
 from tinymim_fast.training.metrics import read_metrics
 from tinymim_fast.training.task import Task
@@ -31,6 +31,11 @@ def distil(world: World, *flags: str, build_task: Callable[..., Task] = distill.
 def pretrain_mae(world: World, *flags: str, build_task: Callable[..., Task] = pretrain.build_task) -> None:
     """`pretrain.py FLAGS`, whose errors are raised."""
     _run(pretrain.PretrainConfig, world, flags, build_task)
+
+
+def fine_tune(world: World, *flags: str, build_task: Callable[..., Task] = finetune.build_task) -> None:
+    """`finetune.py FLAGS`, whose errors are raised."""
+    _run(finetune.FinetuneConfig, world, flags, build_task)
 
 
 def _run(kind, world, flags, build_task) -> None:
@@ -89,6 +94,34 @@ def pretrain_flags(image_folder: Path, output_dir: Path, **changes: object) -> l
         **changes,
     }
     return [f"--{name.replace('_', '-')}={value}" for name, value in values.items()]
+
+
+def finetune_flags(image_folder: Path, output_dir: Path, **changes: object) -> list[str]:
+    """Flags of a fine-tuning run of six steps from scratch, with all of timm's augmentations, as a user would type."""
+    values = {
+        "data_path": image_folder,
+        "checkpoint": "none",
+        "output_dir": output_dir,
+        "model": "vit_tiny_patch16_224",
+        "model_kwargs": json.dumps(TINY),
+        "img_size": 32,
+        "epochs": 1,
+        "warmup_epochs": 0.5,
+        "train_batch_size": 16,
+        "lr": 1e-3,
+        "layer_decay": 0.7,
+        "drop_path": 0.1,
+        "mixup": 0.8,
+        "cutmix": 1.0,
+        "reprob": 0.25,
+        "aa": "rand-m9-mstd0.5-inc1",
+        "log_interval": 1,
+        "workers": 1,
+        "tensorboard": "false",
+        "loader": "torchvision",
+        **changes,
+    }
+    return [f"--{name.replace('_', '-')}={value}" for name, value in values.items() if value is not None]
 
 
 def losses(output_dir: Path, part: str = "loss") -> list[float]:

@@ -10,30 +10,17 @@ import sys
 from pathlib import Path
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).parent.parent)  # as tests have it
 
+from support.operators import CountReads
 from tinymim_fast import engine as engines
 from tinymim_fast.batches import BatchPlan
 from tinymim_fast.deepspeed_config import deepspeed_config
 from tinymim_fast.training.step import TrainStep
 
 STEPS, BATCH, ACCUMULATION = 4, 8, 2
-READS = ("aten._local_scalar_dense", "aten.is_nonzero", "aten.item")
-
-
-class CountReads(TorchDispatchMode):
-    """Counts what makes the host wait for a number of the device."""
-
-    def __init__(self):
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += str(function).startswith(READS)
-        return function(*args, **(kwargs or {}))
 
 
 class Network(torch.nn.Module):
@@ -58,11 +45,13 @@ def batch_of(step, world_size):
     return torch.randn(ACCUMULATION, world_size, BATCH, 4, generator=generator)
 
 
-def plain(world_size, clip):
-    """The weights after plain PyTorch in fp64."""
+def plain(world_size, clip, skipped=None):
+    """The weights after plain PyTorch in fp64, without one of the steps."""
     model = Network().double()
     adamw = torch.optim.AdamW(engines.parameter_groups(model.parameters(), 0.1), lr=0, betas=(0.9, 0.95))
     for step in range(STEPS):
+        if step == skipped:
+            continue
         for group in adamw.param_groups:
             group["lr"] = lr_at(step)
         model(batch_of(step, world_size).double())["loss"].backward()
@@ -73,28 +62,47 @@ def plain(world_size, clip):
     return model.state_dict()
 
 
+def run(world, clip, poisoned, bf16, stage, exact):
+    """One setting; its row."""
+    batches = BatchPlan(micro_batch_size=BATCH, accumulation_steps=ACCUMULATION, world_size=world.world_size)
+    options = {"zero_stage": stage, "bf16": bf16, "clip_grad": clip, "skip_nonfinite": poisoned is not None}
+    config = deepspeed_config(batches, **options)
+    if stage == 3:  # else weights as small as these are never divided
+        config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    engine = engines.Engine(Network(), config, world, lr_at=lr_at, weight_decay=0.1)
+    step = TrainStep(engine, lambda views: views, parts=("loss",), accumulation_steps=ACCUMULATION)
+    reads, skipped = CountReads(), []
+    for number in range(STEPS):
+        views = batch_of(number, world.world_size)
+        if number == poisoned:
+            views[1, 1] = torch.nan  # of the second micro-batch, on rank 1 alone
+        with reads if number >= STEPS - 2 else contextlib.nullcontext():
+            step(iter([(view[world.rank],) for view in views]))
+        if not engine.step_applied:
+            skipped.append(number)
+    state = engine.trained_state()
+    error = max((state[name].double() - exact[name]).abs().max().item() for name in exact)
+    skipped = world.gather(skipped)
+    return {
+        "clip": clip,
+        "bf16": bf16,
+        "stage": stage,
+        "poisoned": poisoned,
+        "error": error,
+        "reads": reads.count,
+        "skipped": skipped,
+    }
+
+
 def main():
     torch.set_num_threads(1)
     world = engines.start()
-    for clip in (0.0, 0.05):
-        exact = plain(world.world_size, clip)
+    # Clipping, and whether rank 1 has images of no numbers in one step, which all ranks then skip.
+    for clip, poisoned in ((0.0, None), (0.05, None), (0.0, 1)):
+        exact = plain(world.world_size, clip, poisoned)
         for bf16 in (False, True):
             for stage in range(4):
-                batches = BatchPlan(
-                    micro_batch_size=BATCH, accumulation_steps=ACCUMULATION, world_size=world.world_size
-                )
-                config = deepspeed_config(batches, zero_stage=stage, bf16=bf16, clip_grad=clip)
-                if stage == 3:  # else weights as small as these are never divided
-                    config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-                engine = engines.Engine(Network(), config, world, lr_at=lr_at, weight_decay=0.1)
-                step = TrainStep(engine, lambda views: views, parts=("loss",), accumulation_steps=ACCUMULATION)
-                reads = CountReads()
-                for number in range(STEPS):
-                    with reads if number >= STEPS - 2 else contextlib.nullcontext():
-                        step(iter([(views[world.rank],) for views in batch_of(number, world.world_size)]))
-                state = engine.trained_state()
-                error = max((state[name].double() - exact[name]).abs().max().item() for name in exact)
-                row = {"clip": clip, "bf16": bf16, "stage": stage, "error": error, "reads": reads.count}
+                row = run(world, clip, poisoned, bf16, stage, exact)
                 if world.is_main:
                     with open(sys.argv[1], "a") as file:
                         file.write(json.dumps(row) + "\n")

@@ -20,6 +20,7 @@ from tinymim_fast.models.taps import Place, Taps
 from tinymim_fast.models.vit import create_vit, head_layout, init_mae_style
 from tinymim_fast.targets.relations import RelationLoss
 from tinymim_fast.tasks import distill
+from tinymim_fast.tasks.build_students import PREFIX
 
 UNEVEN = {**TINY, "num_heads": [3, 6, 12]}
 
@@ -103,7 +104,7 @@ def test_a_teachers_other_heads_are_refused_by_flag(uneven, image_folder, world,
 def test_the_loss_is_the_formula_of_uneven_models(uneven, teacher_file, image_folder, tmp_path):
     """Student and teacher in fp64 through `relation_kl`'s formula, heads as consecutive groups of channels."""
     config = parse(distill.DistillConfig, uneven_flags(image_folder, teacher_file, tmp_path / "run"), "p")
-    teacher, _, heads = distill.build_teacher(config)
+    teacher, heads = Taps(distill.load_teacher(config)[0], [Place("qkv", 3)]), 12
     torch.manual_seed(0)
     student = create_vit("vit_tiny_patch16_224", img_size=32, **UNEVEN)
     init_mae_style(student, pos_embed="sincos")
@@ -152,7 +153,7 @@ class Statistics:
     def __call__(self, *args):
         task = distill.build_task(*args)
         name, norm = next((n, m) for n, m in task.model.named_modules() if isinstance(m, nn.BatchNorm2d))
-        self.name, self.momentum = name.removeprefix(distill.PREFIX), norm.momentum
+        self.name, self.momentum = name.removeprefix(PREFIX), norm.momentum
         self.mean, self.var = norm.running_mean.double(), norm.running_var.double()
         norm.register_forward_pre_hook(lambda module, inputs: self.see(module, inputs[0]))
         return task

@@ -1,25 +1,19 @@
 """How processes of a run find each other: what launchers set, what they leave out, who may connect."""
 
 import os
-import signal
 import socket
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("deepspeed")
 
-from support.programs import PACKAGE, distill_flags, run_forked, start_forked, start_ranks, start_training
+from support import kills
+from support.programs import distill_flags, run_forked, start_forked, start_ranks
 from tinymim_fast.distributed import free_port
 from tinymim_fast.errors import EXIT_INPUT
-from tinymim_fast.models.checkpoints import latest_checkpoint
-from tinymim_fast.training.metrics import read_metrics
 
 RENDEZVOUS = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
-TORCHRUN = Path(sys.executable).parent / "torchrun"
 LISTENING = "0A"  # a socket's state in /proc/net/tcp
 LOOPBACK = {"0100007F", "00000000000000000000000001000000"}
 
@@ -100,41 +94,5 @@ def test_of_two_hosts_one_is_lost(image_folder, teacher_file, tmp_path):
     whole, output_dir = tmp_path / "whole", tmp_path / "run"
     code, output = run_forked("train", *distill_flags(image_folder, teacher_file, whole, **changes))
     assert code == 0, output
-    port = free_port()
-    elastic = [
-        *["--nnodes=1:2", "--nproc-per-node=1", "--max-restarts=2", "--rdzv-backend=c10d", "--rdzv-id=run"],
-        *[f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-conf=last_call_timeout=10"],
-    ]
     flags = distill_flags(image_folder, teacher_file, output_dir, checkpoint_interval=5, **changes)
-    log = tmp_path / "log"
-    with open(log, "w") as stdout:
-        command = (TORCHRUN, *elastic, PACKAGE / "train.py", *flags)
-        hosts = [start_training(*command, stdout=stdout)]
-        try:
-            wait_until(lambda: is_open(port), hosts[0], log)  # the first holds the rendezvous, and stays
-            hosts.append(start_training(*command, stdout=stdout))
-            wait_until(lambda: latest_checkpoint(output_dir) is not None, hosts[0], log)
-            lost = hosts[1]
-            for rank in subprocess.run(["pgrep", "-P", str(lost.pid)], capture_output=True, text=True).stdout.split():
-                os.killpg(int(rank), signal.SIGKILL)
-            lost.kill()
-            assert hosts[0].wait(240) == 0, log.read_text()
-        finally:
-            for host in hosts:
-                host.terminate()
-    assert "continuing from" in log.read_text(), log.read_text()
-    ours, theirs = read_metrics(output_dir), read_metrics(whole)
-    assert [r["step"] for r in ours] == [r["step"] for r in theirs]
-    assert max(abs(a["loss"] / b["loss"] - 1) for a, b in zip(ours, theirs, strict=True)) < 0.02
-
-
-def is_open(port):
-    with socket.socket() as client:
-        return client.connect_ex(("127.0.0.1", port)) == 0
-
-
-def wait_until(condition, process, log, timeout=120):
-    deadline = time.monotonic() + timeout
-    while not condition():
-        assert process.poll() is None and time.monotonic() < deadline, log.read_text()
-        time.sleep(0.05)
+    kills.lose_a_host(flags, output_dir=output_dir, reference=whole, log=tmp_path / "log")

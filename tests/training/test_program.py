@@ -7,7 +7,8 @@ import pytest
 
 pytest.importorskip("deepspeed")
 
-from support.programs import PACKAGE, ROOT, distill_flags, run_forked, run_training
+from support.programs import PACKAGE, ROOT, distill_flags, run_forked, run_training, start_ranks
+from support.runs import pretrain_flags
 from tinymim_fast.errors import EXIT_INPUT, EXIT_NON_FINITE
 from tinymim_fast.models.checkpoints import latest_checkpoint
 
@@ -31,6 +32,38 @@ def test_bad_input_is_one_line_and_an_exit_code(image_folder, teacher_file, tmp_
     assert output.splitlines()[-1].startswith("train.py: --target-block: got 9")
     code, output = run_forked("pretrain", "--nonsense=1")
     assert code == EXIT_INPUT and output.splitlines()[-1].startswith("pretrain.py: ") and "nonsense" in output
+
+
+@pytest.mark.fault(
+    "an error on all of two ranks: bad input of one or of each, a loss that is no number",
+    "both end with its code, whoever is faster; bad input is one line",
+)
+@pytest.mark.parametrize(
+    ("program", "changes", "code"),
+    [
+        ("train", {"target_block": 9}, EXIT_INPUT),
+        ("pretrain", {"data_path": "/nowhere"}, EXIT_INPUT),
+        pytest.param("train", {"data_path": "/nowhere"}, EXIT_INPUT, marks=pytest.mark.slow),
+        pytest.param("train", {"lr": 1e30, "warmup_epochs": 0}, EXIT_NON_FINITE, marks=pytest.mark.slow),
+        pytest.param("pretrain", {"lr": 1e30, "warmup_epochs": 0}, EXIT_NON_FINITE, marks=pytest.mark.slow),
+        pytest.param("pretrain", {"epochs": 1}, 0, marks=pytest.mark.slow),
+    ],
+)
+def test_ranks_end_together(image_folder, teacher_file, tmp_path, program, changes, code):
+    if program == "train":
+        flags = distill_flags(image_folder, teacher_file, tmp_path / "run", **changes)
+    else:
+        flags = pretrain_flags(image_folder, tmp_path / "run", **changes)
+    runs = start_ranks(program, *flags)
+    try:
+        outputs = [run.communicate(120)[0] for run in runs]
+    finally:
+        for run in runs:
+            run.kill()
+    assert [run.returncode for run in runs] == [code] * 2, outputs
+    assert not any("Traceback" in output or "frame #" in output for output in outputs), outputs
+    said = [line for output in outputs for line in output.splitlines() if line.startswith(f"{program}.py: ")]
+    assert len(said) == 1 or code != EXIT_INPUT, outputs
 
 
 @pytest.mark.parametrize("program", ["train.py", "pretrain.py"])

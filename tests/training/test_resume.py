@@ -30,7 +30,7 @@ def wait_for_checkpoint(process, output_dir, step):
             return
         if process.poll() is not None:
             break
-        time.sleep(0.05)
+        time.sleep(0.005)
     process.kill()
     pytest.fail(f"no checkpoint of step {step}: {process.communicate()[0]}")
 
@@ -42,7 +42,7 @@ def test_a_stopped_run_continues_with_the_same_losses(world, uninterrupted, imag
     process = start_forked("train", *flags)
     wait_for_checkpoint(process, tmp_path / "run", 5)
     os.kill(process.pid, how)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=180)
     stopped_at = last_step(tmp_path / "run")
     if how == signal.SIGTERM:
         assert process.returncode == EXIT_TERMINATED, output

@@ -7,7 +7,8 @@ pytest.importorskip("deepspeed")
 
 from tinymim_fast.batches import BatchPlan
 from tinymim_fast.deepspeed_config import deepspeed_config
-from tinymim_fast.engine import Engine, parameter_groups
+from tinymim_fast.engine import Engine
+from tinymim_fast.parameter_groups import parameter_groups
 from tinymim_fast.training.step import TrainStep
 
 

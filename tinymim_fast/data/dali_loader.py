@@ -8,27 +8,47 @@ views agree with PIL and torchvision up to rounding.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 import nvidia.dali.fn as fn
+import nvidia.dali.math as math
 import nvidia.dali.types as types
 import torch
 import torch.nn.functional as F
 from nvidia.dali import Pipeline, pipeline_def
+from nvidia.dali.auto_aug import augmentations
 from nvidia.dali.pipeline import do_not_convert
 from PIL import Image, ImageEnhance
 
 from tinymim_fast.data.bad_files import BadFiles
-from tinymim_fast.data.dali_source import DaliSource
+from tinymim_fast.data.dali_source import KINDS, DaliSource
 from tinymim_fast.data.draws import BRIGHTNESS, CONTRAST
 from tinymim_fast.data.errors import DataError, ImageError, name_some
 from tinymim_fast.data.plan import EvalPlan, TrainPlan
+from tinymim_fast.data.threads import Readers
+
+if TYPE_CHECKING:  # timm, of which most loaders need nothing
+    from tinymim_fast.data.rand_augment import RandAugment
 
 _GREY = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # PIL's "L"
 _TRUNCATE = -0.499  # DALI rounds to uint8, PIL's blend truncates
 _NUM_STAGES = 3  # brightness, contrast, saturation
+_WARP, _AUTO_CONTRAST, _EQUALIZE, _INVERT, _POSTERIZE, _SOLARIZE, _SOLARIZE_ADD = range(7)  # of KINDS
+_COLOR, _CONTRAST, _BRIGHTNESS, _SHARPNESS, _DESATURATE, _GAUSSIAN_BLUR = range(7, len(KINDS))
+_equalize = getattr(fn, "equalize", None) or fn.experimental.equalize  # older DALIs have the second name
+_filter = getattr(fn, "filter", None) or fn.experimental.filter
+_SMOOTH = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], dtype=np.float32) / 13  # PIL's ImageFilter.SMOOTH
+_SAME = np.array([[0, 0, 0], [0, 1, 0], [0, 0, 0]], dtype=np.float32)
 _DECODER_KWARGS = ("hw_decoder_load", "device_memory_padding", "host_memory_padding")
+GPU_INTERPOLATIONS = {
+    "bicubic": types.INTERP_CUBIC,
+    "bilinear": types.INTERP_LINEAR,
+    "lanczos": types.INTERP_LANCZOS3,
+    "nearest": types.INTERP_NN,
+}
 _DTYPES = {torch.float32: types.FLOAT, torch.float16: types.FLOAT16}  # DALI has no bfloat16
 
 
@@ -41,15 +61,21 @@ def batches(
     workers: int,
     prefetch: int,
     dali_kwargs: Mapping[str, float],
+    waiting: Callable[[], None],
 ) -> Iterator[tuple[torch.Tensor, ...]]:
-    """Views (B, 3, S, S) on `device` for each batch number.
+    """Views (B, 3, S, S) and labels, if any, on `device` for each batch number.
 
-    `workers` threads decode, at least one; `dali_kwargs`: see `build_loader`.
+    `workers` threads decode, at least one; `dali_kwargs` and `waiting`: see `build_loader`.
 
     Raises:
         DataError: a file can't be decoded in evaluation, or hardly any in training; names it.
     """
     is_gpu = device.type == "cuda"
+    if is_gpu and plan.view.interpolation not in GPU_INTERPOLATIONS:
+        raise DataError(
+            f"got {plan.view.interpolation}, which DALI has not on a GPU; choose the loader torchvision",
+            argument="interpolation",
+        )
     queue = {"prefetch_queue_depth": prefetch, **dali_kwargs}
     decoder = {key: queue.pop(key) for key in _DECODER_KWARGS if key in queue}
 
@@ -57,12 +83,15 @@ def batches(
         return (_train_graph if isinstance(plan, TrainPlan) else _eval_graph)(
             source=source,
             plan=plan,
-            normalize={
-                "mean": [255 * m for m in plan.view.mean],
-                "std": [255 * s for s in plan.view.std],
-                "output_layout": "CHW",
-                "dtype": _DTYPES[plan.view.dtype],
-            },
+            normalize=[
+                {
+                    "mean": [255 * m for m in mean],
+                    "std": [255 * s for s in std],
+                    "output_layout": "CHW",
+                    "dtype": _DTYPES[plan.view.dtype],
+                }
+                for mean, std in plan.view.normalisations
+            ],
             decoder={**_DECODE_OPTIONS, "device": "mixed" if is_gpu else "cpu", **decoder},
             threads=None if is_gpu else threads,
             device_id=device.index if is_gpu else None,
@@ -71,7 +100,7 @@ def batches(
         )
 
     num_threads = max(1, workers)
-    with ThreadPoolExecutor(num_threads, "tinymim_fast") as threads:
+    with closing(Readers(num_threads, waiting)) as threads:
         source = DaliSource(plan, bad_files, threads, num_threads, queue["prefetch_queue_depth"] + 2)
         done = 0
         while done < len(numbers):  # once, and again after each batch with a file that can't be decoded
@@ -91,7 +120,7 @@ def batches(
                         failure = error
                         continue
                     # the dynamic executor never reuses a buffer that is still referred to, so no copy is needed
-                    yield tuple(torch.from_dlpack(output.as_tensor()) for output in outputs)
+                    yield tuple(torch.from_dlpack(output.as_tensor()).to(device) for output in outputs)
                     done += 1
             finally:
                 pipeline._shutdown()  # now, not when the last traceback that holds the pipeline is dropped
@@ -177,7 +206,7 @@ def _decode_crop(encoded, size, start, shape, decoder: dict):
 
 
 @do_not_convert  # by enable_conditionals
-def _on_cpu(function: Callable, threads: ThreadPoolExecutor, image, parameter):
+def _on_cpu(function: Callable, threads: Readers, image, parameter):
     """`function(image, parameter)` of each sample, in threads; DALI itself would call it for one after another."""
 
     def each(images, parameters):
@@ -186,20 +215,23 @@ def _on_cpu(function: Callable, threads: ThreadPoolExecutor, image, parameter):
     return fn.python_function(image, parameter, function=each, batch_processing=True, output_layouts="HWC")
 
 
-def _resize(image, size, threads: ThreadPoolExecutor | None):
-    """Cubic and antialiased, to (height, width); DALI's own costs 1.9 ms of CPU time an image more (NOTES.md)."""
+def _resize(image, size, interpolation: str, threads: Readers | None):
+    """Antialiased, to (height, width); DALI's own costs 1.9 ms of CPU time an image more (NOTES.md)."""
     if threads is None:
-        return fn.resize(image, size=size, interp_type=types.INTERP_CUBIC, antialias=True)
-    return _on_cpu(_resize_on_cpu, threads, image, size)
+        return fn.resize(image, size=size, interp_type=GPU_INTERPOLATIONS[interpolation], antialias=True)
+    return _on_cpu(partial(_resize_on_cpu, interpolation), threads, image, size)
 
 
-def _resize_on_cpu(image: np.ndarray, size: np.ndarray) -> np.ndarray:
+def _resize_on_cpu(interpolation: str, image: np.ndarray, size: np.ndarray) -> np.ndarray:
+    height, width = size.astype(int).tolist()
+    if interpolation not in ("bicubic", "bilinear"):  # PyTorch has no others with antialiasing
+        return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling[interpolation.upper()]))
     pixels = torch.from_numpy(image)[None].permute(0, 3, 1, 2)  # channels last, and so is what comes out
-    resized = F.interpolate(pixels, size=size.astype(int).tolist(), mode="bicubic", antialias=True)
+    resized = F.interpolate(pixels, size=[height, width], mode=interpolation, antialias=True)
     return resized.permute(0, 2, 3, 1)[0].numpy()
 
 
-def _saturate(image, factor, threads: ThreadPoolExecutor | None):
+def _saturate(image, factor, threads: Readers | None):
     """x <- f x + (1 - f) grey(x); as a matrix on a GPU, on the CPU by PIL in a sixth of that time."""
     if threads is None:
         identity, grey = types.Constant(np.eye(3, dtype=np.float32)), types.Constant(np.tile(_GREY, (3, 1)))
@@ -211,48 +243,117 @@ def _saturate_on_cpu(image: np.ndarray, factor: np.ndarray) -> np.ndarray:
     return np.asarray(ImageEnhance.Color(Image.fromarray(image)).enhance(float(factor)))
 
 
+def _brighten(image, factor):
+    return fn.brightness_contrast(image, brightness=factor, brightness_shift=_TRUNCATE / 255)
+
+
+def _contrast(image, factor):
+    """PIL's, around the mean of the grey picture."""
+    grey = fn.color_space_conversion(image, image_type=types.RGB, output_type=types.GRAY)
+    centre = fn.reductions.mean(grey).cpu()
+    return fn.brightness_contrast(image, contrast=factor, contrast_center=centre, brightness_shift=_TRUNCATE / 255)
+
+
+def _jitter(image, orders: Sequence, factors: Sequence, threads: Readers | None):
+    for order, factor in zip(orders, factors):
+        # a condition on a per-sample value splits the batch, so each sample pays for its own operation only
+        if order == BRIGHTNESS:
+            image = _brighten(image, factor)
+        elif order == CONTRAST:
+            image = _contrast(image, factor)
+        else:
+            image = _saturate(image, factor, threads)
+    return image
+
+
 @pipeline_def(enable_conditionals=True)
 def _train_graph(
     source: Iterable,
     plan: TrainPlan,
-    normalize: dict,
+    normalize: Sequence[dict],
     decoder: dict,
-    threads: ThreadPoolExecutor | None,
+    threads: Readers | None,
 ):
-    num_parameters = 3 + (2 * _NUM_STAGES if plan.view.num_views == 2 else 0)
-    encoded, size, start, shape, flip, *jitter = _inputs(source, num_parameters)
-    image = _decode_crop(encoded, size, start, shape, decoder)
-    image = _resize(image, types.Constant(np.full(2, plan.view.img_size, dtype=np.float32)), threads)
-    teacher_view = fn.crop_mirror_normalize(image, mirror=flip, **normalize)
-    if plan.view.num_views == 1:
-        return teacher_view
-    for order, factor in zip(jitter[:_NUM_STAGES], jitter[_NUM_STAGES:]):
-        # a condition on a per-sample value splits the batch, so each sample pays for its own operation only
-        if order == BRIGHTNESS:
-            image = fn.brightness_contrast(image, brightness=factor, brightness_shift=_TRUNCATE / 255)
-        elif order == CONTRAST:
-            grey = fn.color_space_conversion(image, image_type=types.RGB, output_type=types.GRAY)
-            image = fn.brightness_contrast(
-                image,
-                contrast=factor,
-                contrast_center=fn.reductions.mean(grey).cpu(),
-                brightness_shift=_TRUNCATE / 255,
-            )
-        else:
-            image = _saturate(image, factor, threads)
-    return teacher_view, fn.crop_mirror_normalize(image, mirror=flip, **normalize)
+    view, sizes, labels = plan.view, plan.view.sizes, ()
+    num_changes = 2 * _NUM_STAGES if view.is_jittered else int(view.is_changed)
+    encoded, size, start, shape, flip, *changes = _inputs(source, 3 + num_changes + view.labels)
+    if view.labels:
+        labels = (changes.pop(),)
+    crop = _decode_crop(encoded, size, start, shape, decoder)
+    image = _resize(crop, types.Constant(np.full(2, sizes[0], dtype=np.float32)), view.interpolation, threads)
+    views = [fn.crop_mirror_normalize(image, mirror=flip, **normalize[0])]
+    if sizes[-1] != sizes[0]:
+        image = _resize(crop, types.Constant(np.full(2, sizes[-1], dtype=np.float32)), view.interpolation, threads)
+    if view.is_jittered:
+        image = _jitter(image, changes[:_NUM_STAGES], changes[_NUM_STAGES:], threads)
+        views.append(fn.crop_mirror_normalize(image, mirror=flip, **normalize[-1]))
+    elif view.is_changed:  # what shifts and turns comes after the flip
+        image = _rand_augment(fn.flip(image, horizontal=flip), changes[0], plan, threads)
+        views.append(fn.crop_mirror_normalize(image, **normalize[-1]))
+    return (*views[-view.num_views :], *labels)
+
+
+def _rand_augment(image, rows, plan: TrainPlan, threads: Readers | None):
+    """timm's pictures, by PIL in threads; on a GPU DALI's operations, which differ as docs/finetuning.md lists.
+
+    Args:
+        rows: (layers, 9) of each sample, see `dali_source`.
+    """
+    if threads is not None:
+        return _on_cpu(partial(_rand_augment_on_cpu, plan.rand_augment), threads, image, rows)
+    fill = types.Constant(np.array(plan.rand_augment.fill, dtype=np.float32).reshape(1, 1, 3))
+    for layer in range(plan.rand_augment.num_layers):
+        kind, strength = fn.cast(rows[layer, 2], dtype=types.INT32), fn.cast(rows[layer, 1], dtype=types.FLOAT)
+        on_device = strength.gpu() if image.device == "gpu" else strength
+        if kind == _WARP:
+            matrix = fn.reshape(fn.cast(rows[layer, 3:], dtype=types.FLOAT), shape=[2, 3])
+            moved = fn.warp_affine(image - fill, matrix=matrix, fill_value=0, interp_type=types.INTERP_LINEAR)
+            image = fn.cast(moved + fill, dtype=types.UINT8)
+        elif kind == _AUTO_CONTRAST:
+            image = augmentations.auto_contrast.op(image, None)
+        elif kind == _EQUALIZE:
+            image = _equalize(image)
+        elif kind == _INVERT:
+            image = types.Constant(255, dtype=types.UINT8) - image
+        elif kind == _POSTERIZE:
+            step = math.pow(2.0, 8.0 - on_device)
+            image = fn.cast(math.floor(image / step) * step, dtype=types.UINT8)
+        elif kind == _SOLARIZE:
+            is_below = image < on_device
+            image = fn.cast(is_below * image + (is_below ^ True) * (255 - image), dtype=types.UINT8)
+        elif kind == _SOLARIZE_ADD:
+            is_below = image < 128
+            image = fn.cast(math.min(image + is_below * on_device, 255.0), dtype=types.UINT8)
+        elif kind == _COLOR:
+            image = _saturate(image, strength, None)
+        elif kind == _DESATURATE:
+            image = _saturate(image, 1.0 - strength, None)
+        elif kind == _CONTRAST:
+            image = _contrast(image, strength)
+        elif kind == _BRIGHTNESS:
+            image = _brighten(image, strength)
+        elif kind == _SHARPNESS:
+            blur, same = types.Constant(_SMOOTH), types.Constant(_SAME)
+            image = _filter(image, blur + (same - blur) * strength)
+        elif kind == _GAUSSIAN_BLUR:
+            image = fn.gaussian_blur(image, sigma=strength)
+    return image
+
+
+def _rand_augment_on_cpu(rand_augment: RandAugment, image: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    return np.asarray(rand_augment.apply(Image.fromarray(image), rows[:, 0], rows[:, 1]))
 
 
 @pipeline_def
 def _eval_graph(
     source: Iterable,
     plan: EvalPlan,
-    normalize: dict,
+    normalize: Sequence[dict],
     decoder: dict,
-    threads: ThreadPoolExecutor | None,
+    threads: Readers | None,
 ):
     encoded, size, start, shape, resized, anchor = _inputs(source, 4)
     image = _decode_crop(encoded, size, start, shape, decoder)
-    image = _resize(image, resized, threads)
+    image = _resize(image, resized, plan.view.interpolation, threads)
     image = fn.slice(image, start=anchor, shape=[plan.view.img_size, plan.view.img_size], axes=[0, 1])
-    return fn.crop_mirror_normalize(image, **normalize)
+    return fn.crop_mirror_normalize(image, **normalize[0])

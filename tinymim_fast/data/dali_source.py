@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -19,6 +20,17 @@ from tinymim_fast.data.errors import ImageError
 from tinymim_fast.data.headers import Verdict
 from tinymim_fast.data.index import ImageIndex
 from tinymim_fast.data.plan import CenterCrops, EvalPlan, TrainPlan
+from tinymim_fast.data.threads import Readers
+from tinymim_fast.data.views import TrainView
+
+if TYPE_CHECKING:  # timm, of which most loaders need nothing
+    from tinymim_fast.data.rand_augment import RandAugment
+
+# What DALI's own operations do of timm's; what moves pixels is one operation with a matrix.
+KINDS = (
+    *("Warp", "AutoContrast", "Equalize", "Invert", "Posterize", "Solarize", "SolarizeAdd"),
+    *("Color", "Contrast", "Brightness", "Sharpness", "Desaturate", "GaussianBlur"),
+)
 
 _AHEAD = 1  # batches that are being read while DALI takes one; DALI's own queue comes behind it
 
@@ -38,7 +50,7 @@ class DaliSource:
         self,
         plan: TrainPlan | EvalPlan,
         bad_files: BadFiles,
-        threads: ThreadPoolExecutor,
+        threads: Readers,
         num_threads: int,
         num_kept: int,
     ):
@@ -68,7 +80,7 @@ class DaliSource:
         return read_ids, [self._threads.submit(_read, self.plan.index, part) for part in parts]
 
     def _finish(self, number: int, read_ids: list[int], parts: list[Future]) -> tuple:
-        found = dict(zip(read_ids, (one for part in parts for one in part.result()), strict=True))
+        found = dict(zip(read_ids, (one for part in parts for one in self._threads.result(part)), strict=True))
         while True:
             bad = {i: one for i, one in found.items() if isinstance(one, ImageError)}
             if bad and isinstance(self.plan, EvalPlan):
@@ -78,7 +90,8 @@ class DaliSource:
             missing = [i for i in wanted.tolist() if i not in found]
             if not missing:
                 break
-            found.update(zip(missing, _read(self.plan.index, missing), strict=True))
+            reading = self._threads.submit(_read, self.plan.index, missing)
+            found.update(zip(missing, self._threads.result(reading), strict=True))
         encoded = [found[i] for i in wanted.tolist()]
         return encoded, self.plan.index.sizes[wanted], *_parameters(self.plan, number, wanted)
 
@@ -117,18 +130,30 @@ def _as_ppm(index: ImageIndex, sample_id: int, encoded: np.ndarray) -> np.ndarra
 def _parameters(plan: TrainPlan | EvalPlan, number: int, read_ids: np.ndarray) -> tuple[np.ndarray, ...]:
     """The parameters of a batch as arrays (n, ...)."""
     params = plan.params(number, read_ids)
-    return (
-        _eval_parameters(params) if isinstance(params, CenterCrops) else _train_parameters(params, plan.view.num_views)
-    )
+    if isinstance(params, CenterCrops):
+        return _eval_parameters(params)
+    labels = (plan.labels(read_ids),) if plan.view.labels else ()
+    return (*_train_parameters(params, plan.view, plan.rand_augment), *labels)
 
 
-def _train_parameters(draws: ViewDraws, num_views: int) -> tuple[np.ndarray, ...]:
+def _train_parameters(draws: ViewDraws, view: TrainView, rand_augment: RandAugment | None) -> tuple[np.ndarray, ...]:
     crop = (np.stack([draws.top, draws.left], axis=1), np.stack([draws.height, draws.width], axis=1))  # (n, 2) each
     parameters = (*crop, draws.flip.astype(np.int32))
-    if num_views == 1:
-        return parameters
-    order = np.ascontiguousarray(draws.jitter_order.T)  # (stages, n)
-    return (*parameters, *order, *np.take_along_axis(draws.jitter.T, order, axis=0).astype(np.float32))
+    if view.is_jittered:
+        order = np.ascontiguousarray(draws.jitter_order.T)  # (stages, n)
+        return (*parameters, *order, *np.take_along_axis(draws.jitter.T, order, axis=0).astype(np.float32))
+    if view.is_changed:
+        return (*parameters, _augment_rows(draws, rand_augment, view.sizes[-1]))
+    return parameters
+
+
+def _augment_rows(draws: ViewDraws, rand_augment: RandAugment, size: int) -> np.ndarray:
+    """(n, layers, 9) float64: timm's operation and argument; for DALI's own operations the kind and a matrix."""
+    names = [name.removesuffix("Increasing") for name in rand_augment.names]
+    kinds = np.array([KINDS.index(name) if name in KINDS else KINDS.index("Warp") for name in names])
+    kind = np.where(draws.operations < 0, -1, kinds[draws.operations])
+    columns = np.stack([draws.operations, draws.arguments, kind], axis=2)
+    return np.concatenate([columns, rand_augment.matrices(draws.operations, draws.arguments, size)], axis=2)
 
 
 def _eval_parameters(crops: CenterCrops) -> tuple[np.ndarray, ...]:

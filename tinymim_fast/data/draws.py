@@ -2,21 +2,25 @@
 
 No generator is carried along, so any step of a run can be recomputed alone: a resumed run, another number of
 ranks or workers, and another loader all see the same crops. The draws follow torchvision's
-`RandomResizedCrop`, `RandomHorizontalFlip` and `ColorJitter`, rounding and fallback included.
+`RandomResizedCrop`, `RandomHorizontalFlip` and `ColorJitter`, rounding and fallback included, and timm's RandAugment.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from tinymim_fast.data.views import TrainView
 
+if TYPE_CHECKING:  # timm, of which most loaders need nothing
+    from tinymim_fast.data.rand_augment import RandAugment
+
 BRIGHTNESS, CONTRAST, SATURATION = range(3)  # the jitter operations, as numbered in `ViewDraws.jitter_order`
 
-_ORDER_STREAM, _VIEW_STREAM, _REPLACEMENT_STREAM = range(3)
+_ORDER_STREAM, _VIEW_STREAM, _REPLACEMENT_STREAM, _AUGMENT_STREAM = range(4)
 _CROP_ATTEMPTS = 10  # torchvision's
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
@@ -73,6 +77,7 @@ class ViewDraws:
         flip: (n,) bool, mirror left to right.
         jitter: (n, 3) float64, factors of BRIGHTNESS, CONTRAST and SATURATION in this order.
         jitter_order: (n, 3) int32, the operations in the order in which they are applied.
+        operations, arguments: (n, L), RandAugment's, see `RandAugment.draw`; no layers where the view has none.
     """
 
     top: np.ndarray
@@ -82,17 +87,28 @@ class ViewDraws:
     flip: np.ndarray
     jitter: np.ndarray
     jitter_order: np.ndarray
+    operations: np.ndarray
+    arguments: np.ndarray
 
 
-def draw_views(sizes: np.ndarray, sample_ids: np.ndarray, view: TrainView, *, seed: int, epoch: int) -> ViewDraws:
-    """Draw crop, flip and colour jitter for a batch, each sample from its own stream of `uniforms`.
+def draw_views(
+    sizes: np.ndarray,
+    sample_ids: np.ndarray,
+    view: TrainView,
+    *,
+    seed: int,
+    epoch: int,
+    rand_augment: RandAugment | None = None,
+) -> ViewDraws:
+    """Draw crop, flip, colour jitter and RandAugment for a batch, each sample from its own stream of `uniforms`.
 
     Args:
         sizes: (n, 2) height and width of the stored images, pixels.
-        sample_ids: (n,) positions in the index.
+        sample_ids: (n,) positions in the index, or other numbers that tell one view of an epoch from the others.
         view: ranges and probabilities. Ratios are drawn log-uniformly; a jitter strength x gives factors uniform in
             [max(0, 1 - x), 1 + x].
         seed, epoch: key of the streams, with the sample id.
+        rand_augment: the one that `view` names.
     """
     u = uniforms(seed, epoch, sample_ids, 2 * _CROP_ATTEMPTS + 9)
     areas, ratios, rest = np.split(u, [_CROP_ATTEMPTS, 2 * _CROP_ATTEMPTS], axis=1)
@@ -107,6 +123,7 @@ def draw_views(sizes: np.ndarray, sample_ids: np.ndarray, view: TrainView, *, se
 
     strength = np.asarray(view.color_jitter or (0.0, 0.0, 0.0))
     low, high = np.maximum(0.0, 1 - strength), 1 + strength
+    operations, arguments = _draw_augment(rand_augment, sample_ids, seed=seed, epoch=epoch)
     return ViewDraws(
         top=top.astype(np.int32),
         left=left.astype(np.int32),
@@ -115,7 +132,17 @@ def draw_views(sizes: np.ndarray, sample_ids: np.ndarray, view: TrainView, *, se
         flip=rest[:, 2] < view.hflip,
         jitter=low + (high - low) * rest[:, 3:6],
         jitter_order=np.argsort(rest[:, 6:9], axis=1, kind="stable").astype(np.int32),
+        operations=operations,
+        arguments=arguments,
     )
+
+
+def _draw_augment(
+    rand_augment: RandAugment | None, sample_ids: np.ndarray, *, seed: int, epoch: int
+) -> tuple[np.ndarray, np.ndarray]:
+    if rand_augment is None:
+        return np.empty((len(sample_ids), 0), dtype=np.int32), np.empty((len(sample_ids), 0))
+    return rand_augment.draw(_hash_uniforms((seed, _AUGMENT_STREAM, epoch), sample_ids, rand_augment.num_uniforms))
 
 
 def _crop_sizes(sizes, areas, ratios, scale, ratio) -> tuple[np.ndarray, np.ndarray]:

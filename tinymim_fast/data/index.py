@@ -175,6 +175,8 @@ def load_index(path: str | Path, split: str | None = None, *, home: Path | None 
         DataError: `path` is missing or holds something else, not this split, or names and positions that no scan gives.
     """
     try:
+        if not Path(path).is_file():
+            raise FileNotFoundError("no such file")
         with zipfile.ZipFile(path) as archive:
             if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
                 raise ValueError("compressed arrays")  # which may unpack to any size; none is written

@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 import logging
 import weakref
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from types import ModuleType
 from typing import Literal
 
@@ -77,9 +77,9 @@ class TrainLoader(_Loader):
         """Micro-batches of the optimizer steps start_step .. start_step + num_steps - 1, counted across epochs.
 
         Returns:
-            Iterator of accumulation_steps * num_steps tuples of `view.num_views` tensors (B, 3, S, S) on the
-            loader's device: (teacher_view, student_view), or (view,). Same step, same values, whatever the
-            start. Prefetching goes on over the ends of epochs.
+            Iterator of accumulation_steps * num_steps tuples of tensors (B, 3, S, S) on the loader's device, S by
+            `view.sizes`: (teacher_view, student_view), or (view,); with `view.labels` the classes, int64 (B,), come
+            behind them. Same step, same values, whatever the start. Prefetching goes on over the ends of epochs.
 
         Raises:
             DataError: while iterating, for a missing or truncated shard, or many files in a row that can't be decoded.
@@ -123,6 +123,7 @@ def build_loader(
     prefetch: int = 2,
     bad_files: BadFiles | None = None,
     dali_kwargs: Mapping[str, float] | None = None,
+    waiting: Callable[[], None] = lambda: None,
 ) -> TrainLoader:
     """Build the training loader of one rank.
 
@@ -131,7 +132,8 @@ def build_loader(
 
     Args:
         index: the images.
-        view: what is made of each; with colour jitter, batches are (teacher_view, student_view), else (view,).
+        view: what is made of each; a clean and a changed view make batches of (teacher_view, student_view), one view
+            (view,), either with the labels behind it where `view.labels` says so.
         batches: how a global batch is divided among ranks and into micro-batches.
         loader: "dali", "torchvision", or "auto": DALI where it is installed.
         seed: of order, crops and jitter; equal on all ranks.
@@ -143,12 +145,14 @@ def build_loader(
         dali_kwargs: any of DALI's `hw_decoder_load`, 0 to 1, `device_memory_padding` and `host_memory_padding`, bytes
             (all of its decoder, on a GPU), and `prefetch_queue_depth`, which overrides `prefetch`; other loaders take
             no notice.
+        waiting: called about once a second while a batch is waited for; an exception of it, as `DataLate`, ends the
+            iteration, and readers that hang are left behind.
 
     Raises:
         DataError: an epoch would have no step, a bad setting, or the named loader is not installed.
     """
     plan = TrainPlan(index=index, view=view, batches=batches, seed=seed, rank=rank)
-    backend = _backend(loader, device, workers, prefetch, dali_kwargs or {})
+    backend = _backend(_able(loader, view, device), device, workers, prefetch, dali_kwargs or {}, waiting)
     return TrainLoader(plan, bad_files or BadFiles(index), *backend)
 
 
@@ -179,10 +183,16 @@ def build_eval_loader(
         DataError: a bad setting, damaged images in the index, or the named loader is not installed.
     """
     plan = EvalPlan(index=index, view=view, batch_size=batch_size, rank=rank, world_size=world_size)
-    return EvalLoader(plan, BadFiles(index), *_backend(loader, device, workers, 2, {}))
+    return EvalLoader(plan, BadFiles(index), *_backend(_able(loader, view, device), device, workers, 2, {}))
 
 
-def _backend(loader, device, workers, prefetch, dali_kwargs) -> tuple[ModuleType, dict]:
+def _able(loader: str, view: TrainView | EvalView, device: torch.device | str) -> str:
+    """The loader, where "auto" leaves no choice: DALI has neither filter on a GPU."""
+    alone = view.interpolation in ("box", "hamming") and torch.device(device).type == "cuda"
+    return "torchvision" if loader == "auto" and alone else loader
+
+
+def _backend(loader, device, workers, prefetch, dali_kwargs, waiting=lambda: None) -> tuple[ModuleType, dict]:
     """The module that applies plans, imported here, so that nobody pays for the other one, and its options."""
     device = torch.device(device)
     if device.type == "cuda" and device.index is None:
@@ -206,7 +216,7 @@ def _backend(loader, device, workers, prefetch, dali_kwargs) -> tuple[ModuleType
     if not _is_installed(_NEEDS[loader]):
         raise DataError(f"got {loader}, which needs {_NEEDS[loader]}; install it, or choose auto", argument="loader")
     name = {"dali": "dali_loader", "torchvision": "torchvision_loader"}[loader]
-    options = {"device": device, "workers": workers, "prefetch": prefetch}
+    options = {"device": device, "workers": workers, "prefetch": prefetch, "waiting": waiting}
     if loader == "dali":
         options["dali_kwargs"] = dali_kwargs
     return importlib.import_module(f"tinymim_fast.data.{name}"), options

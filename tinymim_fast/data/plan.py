@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -13,6 +14,9 @@ from tinymim_fast.data.draws import ViewDraws, draw_views, epoch_order
 from tinymim_fast.data.errors import DataError, name_some
 from tinymim_fast.data.index import ImageIndex
 from tinymim_fast.data.views import EvalView, TrainView
+
+if TYPE_CHECKING:  # timm, of which most loaders need nothing
+    from tinymim_fast.data.rand_augment import RandAugment
 
 _LONGEST = 64  # short sides; a crop in the centre of an evaluation sees less than one of them
 
@@ -61,10 +65,15 @@ class TrainPlan:
 
     def sample_ids(self, number: int) -> np.ndarray:
         """(batch_size,) int64: micro-batch a of a step is the step's a-th block, of which each rank has a slice."""
+        order = _order_of_epoch(len(self.index), self.seed, self._epoch(number))
+        return order[self._places(number) // self.view.repeats]
+
+    def _places(self, number: int) -> np.ndarray:
+        """(batch_size,) int64, places in the epoch: with repeated augmentation, that many in a row have one image."""
         step, micro = divmod(number, self.batches.accumulation_steps)
         block = micro * self.batches.world_size + self.rank
         start = (step % self.steps_per_epoch) * self.batches.global_batch_size + block * self.batch_size
-        return _order_of_epoch(len(self.index), self.seed, self._epoch(number))[start : start + self.batch_size]
+        return np.arange(start, start + self.batch_size)
 
     def read_ids(self, number: int, bad_files: BadFiles) -> np.ndarray:
         """(batch_size,) int64, whose files to read: `sample_ids(number)`, with bad ones replaced.
@@ -78,14 +87,32 @@ class TrainPlan:
         return number // self.batches.accumulation_steps // self.steps_per_epoch
 
     def params(self, number: int, read_ids: np.ndarray) -> ViewDraws:
-        """Crops, flips and jitter: drawn for `sample_ids(number)`, fitted to the sizes of the files `read_ids`."""
+        """Crops, flips and what changes views: drawn for `sample_ids(number)`, fitted to the files `read_ids`.
+
+        The second, third ... view of an image in an epoch (repeated augmentation) has streams of its own.
+        """
+        repeat = self._places(number) % self.view.repeats
         return draw_views(
             self.index.sizes[read_ids],
-            self.sample_ids(number),
+            self.sample_ids(number) + len(self.index) * repeat,
             self.view,
             seed=self.seed,
             epoch=self._epoch(number),
+            rand_augment=self.rand_augment,
         )
+
+    def labels(self, read_ids: np.ndarray) -> np.ndarray:
+        """(n,) int64, the classes of the files that were read: a replacement's is its own."""
+        return self.index.labels[read_ids].astype(np.int64)
+
+    @cached_property
+    def rand_augment(self) -> RandAugment | None:
+        """What `view.rand_augment` names."""
+        if self.view.rand_augment is None:
+            return None
+        from tinymim_fast.data.rand_augment import RandAugment
+
+        return RandAugment(self.view.rand_augment, self.view.mean)
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from tinymim_fast.data import ImageIndex, build_eval_loader
+from tinymim_fast.data.loader import LoaderName
 from tinymim_fast.data.views import EvalView
 from tinymim_fast.models.taps import Taps
 
@@ -23,6 +24,7 @@ def extract_features(
     device: torch.device,
     rank: int = 0,
     world_size: int = 1,
+    loader: LoaderName = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Features (n, C), fp32 on the CPU, and labels (n,) of this rank's part of a split.
 
@@ -38,13 +40,21 @@ def extract_features(
         device: where the model is.
         rank: this process among all that share the images; each image comes once over all of them.
         world_size: how many those are.
+        loader: see `build_eval_loader`.
     """
     (place,) = taps.places
     features, labels = [torch.empty(0, taps.widths[place])], [torch.empty(0, dtype=torch.int64)]
     with build_eval_loader(
-        index, view, batch_size=batch_size, rank=rank, world_size=world_size, device=device, workers=workers
-    ) as loader:
-        for images, targets, _ in loader:
+        index,
+        view,
+        batch_size=batch_size,
+        loader=loader,
+        rank=rank,
+        world_size=world_size,
+        device=device,
+        workers=workers,
+    ) as batches:
+        for images, targets, _ in batches:
             tokens = taps(images)[place][:, taps.num_prefix_tokens :]
             features.append(tokens.float().mean(1).cpu())
             labels.append(torch.as_tensor(targets).cpu())

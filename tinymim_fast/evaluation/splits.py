@@ -33,6 +33,20 @@ def find_splits(data_path: str, *, workers: int) -> tuple[ImageIndex, ImageIndex
     except InputError as error:
         error.argument = error.argument or "data_path"
         raise
+    return train, match_splits(data_path, train, val)
+
+
+def match_splits(data_path: str, train: ImageIndex, val: ImageIndex) -> ImageIndex:
+    """`val` with the labels that its classes, by name, have in `train`.
+
+    Args:
+        data_path: of both, for messages.
+        train: the training images.
+        val: the validation images.
+
+    Raises:
+        InputError: see `find_splits`.
+    """
     shared = set(_files(train)) & set(_files(val))
     if shared:
         raise _refused(
@@ -58,7 +72,7 @@ def find_splits(data_path: str, *, workers: int) -> tuple[ImageIndex, ImageIndex
         logger.warning("%s: no validation images of %d classes: %s", data_path, len(absent), name_some(absent))
     number = {name: label for label, name in enumerate(train.class_names)}
     labels = np.array([number[val.class_names[label]] for label in val.labels], dtype=np.int64)
-    return train, replace(val, labels=labels, class_names=train.class_names)
+    return replace(val, labels=labels, class_names=train.class_names)
 
 
 def _names(index: ImageIndex) -> list[str]:

@@ -34,8 +34,8 @@ SDPA = {
 # What "auto" takes, by (architecture, dtype, with gradients), where measuring showed another than sdpa to be faster:
 # figures in benchmarks/NOTES.md. What is not here, every GPU so far, takes sdpa.
 MEASURED = {
-    ("cpu_avx512_bf16", torch.bfloat16, True): "math",
     ("cpu_avx512_bf16", torch.bfloat16, False): "math",
+    ("cpu_avx512_bf16", torch.bfloat16, True): "math",
 }
 NEW_FLASH = {"FA4": ("flash_attn.cute", 10), "FA3": ("flash_attn_interface", 9)}  # module, compute capability
 

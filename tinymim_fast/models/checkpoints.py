@@ -1,8 +1,9 @@
 """Checkpoint formats in and out.
 
 A checkpoint of this package is a folder with `model.safetensors`: fp32 weights in timm's names, and a JSON description
-in the file's metadata under "tinymim_fast" (`ModelInfo`). Training adds optimizer state beside it; an export adds
-timm's `config.json`. What other files hold: weights_file.py, official.py.
+in the file's metadata under "tinymim_fast" (`ModelInfo`). Training adds optimizer state beside it, and, where it
+averages its weights, the average as `model_ema.safetensors`, which is what whoever reads the folder gets; an export
+adds timm's `config.json`. What other files hold: weights_file.py, official.py.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import safetensors.torch
 import timm
 import torch
@@ -31,18 +33,20 @@ from tinymim_fast.models.weights_file import FileContent, check_finite, find_enc
 
 logger = logging.getLogger("tinymim_fast")
 WEIGHTS = "model.safetensors"
+EMA_WEIGHTS = "model_ema.safetensors"
 TIMM_CONFIG = "config.json"
 STEP_NAME = re.compile(r"step_\d{8}")
 METADATA_KEY = "tinymim_fast"
 SIZES = {(192, 12): "tiny", (384, 12): "small", (768, 12): "base", (1024, 24): "large", (1280, 32): "huge"}
 # Weights that other formats have or lack, and that no tap before the final norm reads.
-NOT_NEEDED = ("norm.", "fc_norm.", "head.", "head_dist.")
-NOT_ENCODER = ("decoder_", "mask_token", *NOT_NEEDED)
+NOT_NEEDED = ("norm.", "fc_norm.", "pre_head.", "head.", "head_dist.")
+TARGETS = "targets."  # before layers that distillation trains beside a student, which go no further
+NOT_ENCODER = ("decoder_", "mask_token", TARGETS, *NOT_NEEDED)
 
 
-def save_weights(folder: Path, state: Mapping[str, torch.Tensor], info: ModelInfo) -> None:
-    """`folder/model.safetensors`, for `files.whole_folder` to sync."""
-    path = folder / WEIGHTS
+def save_weights(folder: Path, state: Mapping[str, torch.Tensor], info: ModelInfo, name: str = WEIGHTS) -> None:
+    """`folder/name`, for `files.whole_folder` to sync."""
+    path = folder / name
     tensors = {k: v.detach().to("cpu").contiguous() for k, v in state.items()}
     safetensors.torch.save_file(tensors, path, {"format": "pt", METADATA_KEY: json.dumps(asdict(info))})
 
@@ -67,7 +71,7 @@ def find_weights(source: Path) -> Path:
 
     Args:
         source: a run's output folder (its newest checkpoint), a checkpoint or export folder, a timm model folder, or a
-            file.
+            file. Of a folder with an average of the weights (EMA) it is that one.
 
     Raises:
         InputError: there is none, argument "source".
@@ -76,7 +80,8 @@ def find_weights(source: Path) -> Path:
     if (path / "checkpoints").is_dir():
         path = latest_checkpoint(path) or path
     if path.is_dir():
-        path = next((path / name for name in (WEIGHTS, "pytorch_model.bin") if (path / name).is_file()), path / WEIGHTS)
+        names = (EMA_WEIGHTS, WEIGHTS, "pytorch_model.bin")
+        path = next((path / name for name in names if (path / name).is_file()), path / WEIGHTS)
     if not path.is_file():
         held = f"; this folder holds {_listed(source)}" if source.is_dir() else ""
         raise InputError(
@@ -100,6 +105,21 @@ def read_weights(source: Path) -> tuple[dict[str, torch.Tensor], ModelInfo | Non
     return content.tensors, _described(content, path)
 
 
+def describe(source: Path) -> ModelInfo | None:
+    """What `read_weights` gives, without the weights.
+
+    Raises:
+        InputError: see `read_weights`.
+    """
+    path = find_weights(source)
+    try:
+        with safetensors.safe_open(path, framework="np") as file:
+            text = (file.metadata() or {}).get(METADATA_KEY)
+    except (OSError, safetensors.SafetensorError):
+        return read_weights(path)[1]  # which says what is wrong, or reads another format
+    return None if text is None else ModelInfo.from_json(text, path)
+
+
 def load_encoder(
     source: str,
     *,
@@ -107,6 +127,7 @@ def load_encoder(
     model_kwargs: Mapping[str, Any] | None = None,
     img_size: int | None = None,
     key: str | None = None,
+    classifier: bool = False,
 ) -> tuple[VisionTransformer, ModelInfo]:
     """A whole encoder with its weights, fp32 on the CPU, and what it is.
 
@@ -117,7 +138,9 @@ def load_encoder(
         model_kwargs: for `create_vit`; they override the file's, but not its numbers of heads.
         img_size: side of the square input, pixels; absolute position embeddings are resampled to it. Default: the
             file's.
-        key: of several models in one file, the one below this key.
+        key: of several models in one file, the one below this key; of several students of one run, the one of this
+            name.
+        classifier: whether final norm and head must be there too; see `classifier.load_classifier`.
 
     Raises:
         InputError: unreadable, weights of another architecture (names the first key that differs and both shapes),
@@ -130,7 +153,10 @@ def load_encoder(
     path = find_weights(Path(local))
     content = read_file(path)
     info = _described(content, path) or _timm_folder(path.parent)
-    state = content.tensors if info is not None and key is None else find_encoder(content, path, key)
+    if info is not None and info.students:
+        info, state = info.of_student(key, path), _of_student(content.tensors, key)
+    else:
+        state = content.tensors if info is not None and key is None else find_encoder(content, path, key)
     if info is None:
         refuse_star(state, path)
         info = _told_by_file(content, state, path, model)
@@ -138,7 +164,7 @@ def load_encoder(
         raise InputError(f"got {model}, but {source} holds a {info.architecture}; leave it out", argument="model")
     kwargs = {**info.model_kwargs, **asked}
     kwargs["img_size"] = img_size or kwargs.get("img_size") or 224
-    state = {k: v for k, v in state.items() if not k.startswith(("decoder_", "mask_token"))}
+    state = {k: v for k, v in state.items() if not k.startswith(("decoder_", "mask_token", TARGETS))}
     with torch.device("meta"):  # shapes are compared before anything as large as the file claims is made
         if model is None and not asked:
             shape_of = of_file(path, "its model", lambda kwargs: create_vit(info.architecture, **kwargs), kwargs)
@@ -146,7 +172,7 @@ def load_encoder(
             shape_of = create_vit(info.architecture, **kwargs)
     check_heads(shape_of, info.head_layout.get("num_heads", []), source)
     resized = img_size is not None or "img_size" in asked
-    _fit(shape_of, state, source=source, name=info.architecture, resize=resized)
+    _fit(shape_of, state, source=source, name=info.architecture, resize=resized, classifier=classifier)
     check_finite(state, path)
     vit = create_vit(info.architecture, **kwargs)
     load_state(vit, state, source=source, name=info.architecture)
@@ -158,22 +184,33 @@ def load_encoder(
     return vit, replace(info, model_kwargs=kwargs, head_layout=layout)
 
 
-def restore(vit: VisionTransformer, checkpoint: Path) -> None:
-    """Fill a model with the weights of its own run.
+def restore(vit: VisionTransformer, checkpoint: Path, *, student: str | None = None) -> dict[str, torch.Tensor]:
+    """Fill a model with the weights of its own run; gives what lies beside it, its targets' layers by name.
 
     Args:
         vit: built as the run's configuration says.
         checkpoint: a folder that the run saved.
+        student: which of several.
 
     Raises:
         InputError: unreadable, not finite, or of another model (argument "source"); other numbers of heads (argument
             "model_kwargs").
     """
-    state, info = read_weights(checkpoint)
+    state, info = read_weights(checkpoint / WEIGHTS)
+    if student is not None:
+        state = _of_student(state, student)
+        info = info and info.of_student(student, checkpoint)
     check_finite(state, checkpoint)
     if info is not None:
         check_heads(vit, info.head_layout.get("num_heads", []), checkpoint)
     load_state(vit, state, source=str(checkpoint), name=info.architecture if info else type(vit).__name__)
+    return {name.removeprefix(TARGETS): tensor for name, tensor in state.items() if name.startswith(TARGETS)}
+
+
+def _of_student(state: Mapping[str, torch.Tensor], name: str) -> dict[str, torch.Tensor]:
+    """One student's weights of a file that holds several."""
+    prefix = f"student.{name.removeprefix('student.')}."
+    return {k.removeprefix(prefix): tensor for k, tensor in state.items() if k.startswith(prefix)}
 
 
 def load_state(vit: VisionTransformer, state: Mapping[str, torch.Tensor], *, source: str, name: str) -> None:
@@ -187,7 +224,13 @@ def load_state(vit: VisionTransformer, state: Mapping[str, torch.Tensor], *, sou
 
 
 def _fit(
-    vit: VisionTransformer, state: Mapping[str, torch.Tensor], *, source: str, name: str, resize: bool = True
+    vit: VisionTransformer,
+    state: Mapping[str, torch.Tensor],
+    *,
+    source: str,
+    name: str,
+    resize: bool = True,
+    classifier: bool = False,
 ) -> dict[str, torch.Tensor]:
     """What of `state` goes into `vit`, position embeddings resampled with `resize`; raises where it doesn't fit."""
 
@@ -200,7 +243,7 @@ def _fit(
     if resize and embed is not None and "pos_embed" in wanted and embed.shape != wanted["pos_embed"].shape:
         state["pos_embed"] = _resample(embed, vit)
     for key, tensor in wanted.items():
-        if key not in state and not key.startswith(NOT_NEEDED):
+        if key not in state and (classifier or not key.startswith(NOT_NEEDED)):
             raise refused(f"it lacks {key}, {tuple(tensor.shape)}")
         if key in state and state[key].shape != tensor.shape:
             raise refused(f"{key} is {tuple(state[key].shape)} in the file, {tuple(tensor.shape)} in the model")

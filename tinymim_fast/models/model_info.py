@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tinymim_fast.errors import InputError
@@ -25,6 +25,10 @@ class ModelInfo:
         step: optimizer steps taken.
         epoch: epochs, as a fraction.
         preprocessing: fields of `Preprocessing`, where the recipe does not say them.
+        students: of several students of one run, each one's architecture, model_kwargs and head_layout by its name;
+            its weights lie behind "student.NAME.". Above stand the first one's.
+        teacher_preprocessing: of a distilled student, how its teacher's images were made; None: as the recipe says.
+        class_names: of a classifier, in the order of its outputs; None where nobody says them.
     """
 
     architecture: str
@@ -35,11 +39,37 @@ class ModelInfo:
     step: int = 0
     epoch: float = 0.0
     preprocessing: dict[str, Any] | None = None
+    students: dict[str, dict[str, Any]] = field(default_factory=dict)
+    teacher_preprocessing: dict[str, Any] | None = None
+    class_names: list[str] | None = None
 
     @property
     def expects(self) -> Preprocessing | None:
         """How the images that the model was trained on were made; None where nothing says it."""
         return Preprocessing.from_config(self.preprocessing or self.recipe, self.architecture)
+
+    def of_student(self, name: str | None, path: object) -> ModelInfo:
+        """What the file holds of one student.
+
+        Args:
+            name: with or without "student." before it.
+            path: of the file, for the message.
+
+        Raises:
+            InputError: there is none of this name, or none was given; argument "key".
+        """
+        known = self.students.get((name or "").removeprefix("student."))
+        if known is None:
+            got = f"got {shown(name)}, but " if name else ""
+            raise InputError(
+                f"{got}{path} holds the students {', '.join(map(shown, self.students))}; say which", argument="key"
+            )
+        return replace(self, students={}, **known)
+
+    @property
+    def teacher_expects(self) -> Preprocessing | None:
+        """How a distilled student's teacher got its images; None where nothing says it."""
+        return Preprocessing.from_config(self.teacher_preprocessing or self.recipe, self.architecture)
 
     @classmethod
     def from_json(cls, text: str, path: object) -> ModelInfo:
@@ -76,9 +106,21 @@ class ModelInfo:
         heads = layout.get("num_heads", [])
         if not isinstance(heads, list) or any(type(n) is not int or n < 1 for n in [*numbers, *heads]):
             raise InputError(f"{path}: its description has a head_layout that can't be", argument="source")
+        names = info.class_names
+        if names is not None and (
+            len(names) != info.model_kwargs.get("num_classes") or any(type(name) is not str for name in names)
+        ):
+            raise InputError(f"{path}: its description has class_names that can't be", argument="source")
         if info.recipe.get("student_pos_embed", "sincos") not in ("sincos", "learn"):
             raise InputError(f"{path}: its recipe has a student_pos_embed that can't be", argument="source")
-        Preprocessing.from_config(info.preprocessing or info.recipe, path)
+        for name, student in info.students.items():
+            if not isinstance(student, dict) or student.keys() != {"architecture", "model_kwargs", "head_layout"}:
+                raise InputError(
+                    f"{path}: its description has a student {shown(name)} that can't be", argument="source"
+                )
+            cls.from_dict({**found, "students": {}, **student}, path)
+        for config in (info.preprocessing or info.recipe, info.teacher_preprocessing):
+            Preprocessing.from_config(config, path)
         return info
 
 
@@ -91,6 +133,9 @@ INFO_TYPES: dict[str, Any] = {
     "step": int,
     "epoch": (int, float),
     "preprocessing": (dict, type(None)),
+    "students": dict,
+    "teacher_preprocessing": (dict, type(None)),
+    "class_names": (list, type(None)),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -10,6 +11,7 @@ from typing import Any
 from tinymim_fast.errors import InputError
 from tinymim_fast.models.architecture import shown
 
+logger = logging.getLogger("tinymim_fast")
 INTERPOLATIONS = ("bicubic", "bilinear", "nearest", "lanczos", "box", "hamming", "random")
 
 
@@ -51,12 +53,23 @@ class Preprocessing:
         """
         if not isinstance(config, Mapping):
             return None
+        config = _of_1(config, path)
         given = {f.name: config[f.name] for f in fields(cls) if config.get(f.name) is not None}
         for name, value in given.items():
             if not _possible(name, value):
                 raise InputError(f"{path}: says {name} {shown(value)}, which can't be", argument="source")
             given[name] = tuple(map(float, value)) if name in ("mean", "std") else value
         return cls(**given) if "mean" in given and "std" in given else None
+
+
+def _of_1(config: Mapping[str, Any], path: object) -> Mapping[str, Any]:
+    """The same, with a mean and standard deviation of 255 divided by it."""
+    values = [config.get("mean"), config.get("std")]
+    of_255 = all(isinstance(v, (list, tuple)) and _possible("mean", v) and 1 < max(v) <= 255 for v in values)
+    if not of_255:
+        return config
+    logger.warning("%s: its mean and std are of 255: divided by 255", path)
+    return {**config, **{name: [x / 255 for x in config[name]] for name in ("mean", "std")}}
 
 
 def _possible(name: str, value: Any) -> bool:

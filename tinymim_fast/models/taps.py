@@ -10,7 +10,7 @@ Where a place lies, in block n of a pre-norm transformer (x is the residual stre
     m = ls2(mlp(norm2(x)))                 mlp, before the residual
     x + drop_path2(m)                      mlp, after it; also output
 
-and behind the last block: norm(x) is final_norm, its first token class_token.
+and behind the last block: norm(x) is final_norm, its first token class_token; what the classifier makes of it, logits.
 """
 
 from __future__ import annotations
@@ -26,11 +26,12 @@ from torch import nn
 
 from tinymim_fast.errors import InputError
 from tinymim_fast.models.attention import attend_and_project
+from tinymim_fast.models.masking import gather_tokens
 
 # What of a block a place needs, in the order in which it is computed.
 STAGES = ("input", "norm1", "qkv", "attention", "attention after", "mlp", "output")
 IN_BLOCK = ("input", "norm1", "qkv", "attention", "mlp", "output")
-BEHIND = ("final_norm", "class_token")
+BEHIND = ("final_norm", "class_token", "logits")
 BLOCK_PARTS = {
     "input": (),
     "norm1": ("norm1",),
@@ -47,8 +48,9 @@ class Place(NamedTuple):
 
     Args:
         at: "input", "norm1", "qkv", "attention", "mlp" or "output" of a block, each (B, N, C), the packed [q | k | v]
-            after a qk-norm (B, N, 3 C); "final_norm", (B, N, C), or "class_token" behind it, (B, C).
-        block: 1-based; None for the two that lie behind the blocks.
+            after a qk-norm (B, N, 3 C); "final_norm", (B, N, C), or behind it "class_token", (B, C), or "logits",
+            (B, classes).
+        block: 1-based; None for those that lie behind the blocks.
         after_residual: of "attention" and "mlp": the residual stream after the addition, not what is added. What is
             added comes with LayerScale and without drop path, which would make it zero for some images.
     """
@@ -109,20 +111,30 @@ class Taps(nn.Module):
             attn = block.attn
             block.attn = _shallow(attn, {name: getattr(attn, name) for name in ("qkv", "q_norm", "k_norm")})
         kept = [*model.blocks[: last - 1], *([] if stage == "input" else [block])]
-        parts = {name: part for name, part in model.named_children() if name not in HEAD_PARTS}
+        logits = any(place.at == "logits" for place in self.places)
+        parts = {name: part for name, part in model.named_children() if logits or name not in HEAD_PARTS}
         if not self._normed:
             del parts["norm"]
         return _shallow(model, {**parts, "blocks": nn.Sequential(*kept)})
 
-    def __call__(self, images: torch.Tensor) -> dict[Place, torch.Tensor]:
+    def __call__(self, images: torch.Tensor, visible: torch.Tensor | None = None) -> dict[Place, torch.Tensor]:
         """`forward`; of hooks only its parts' run: ZeRO-3's, on every module, want strings as keys of a dict."""
-        return self.forward(images)
+        return self.forward(images) if visible is None else self.forward(images, visible)
 
-    def forward(self, images: torch.Tensor) -> dict[Place, torch.Tensor]:
-        """The tensors by place, in the order of `places`, from images (B, 3, H, W) in the model's dtype."""
+    def forward(self, images: torch.Tensor, visible: torch.Tensor | None = None) -> dict[Place, torch.Tensor]:
+        """The tensors by place, in the order of `places`.
+
+        Args:
+            images: (B, 3, H, W) in the model's dtype.
+            visible: numbers of the patches that the blocks see, (B, V) int64, in the order of the tokens that come
+                out behind the prefix; None: all.
+        """
         model = self.model
         found: dict[Place, torch.Tensor] = {}
-        x = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))
+        x = model._pos_embed(model.patch_embed(images))
+        if visible is not None:
+            x = gather_tokens(x, visible, self.num_prefix_tokens)
+        x = model.norm_pre(model.patch_drop(x))
         for number in range(1, self._last + 1):
             wanted = [place for place in self.places if place.block == number]
             if number == self._last:
@@ -137,7 +149,8 @@ class Taps(nn.Module):
                 x = _run_block(model.blocks[number - 1], x, stage, wanted, found)
         if self._normed:
             x = model.norm(x)
-            found |= {place: x if place.at == "final_norm" else x[:, 0] for place in self.places if place.at in BEHIND}
+            behind = {"final_norm": lambda: x, "class_token": lambda: x[:, 0], "logits": lambda: model.forward_head(x)}
+            found |= {place: behind[place.at]() for place in self.places if place.at in BEHIND}
         return {place: found[place] for place in self.places}
 
 
@@ -204,11 +217,16 @@ def _check(place: Place, model: VisionTransformer, depth: int) -> None:
     if place.at in BEHIND:
         if place.block is not None:
             raise InputError(f"got {place}, want no block with {place.at}", argument="places")
-        if isinstance(model.norm, nn.Identity):
+        if place.at == "logits":
+            if isinstance(model.head, nn.Identity):
+                raise InputError("got logits, but this model has no classifier", argument="places")
+        elif isinstance(model.norm, nn.Identity):
             raise InputError(f"got {place}, but this model has no norm behind its last block", argument="places")
         if place.at == "class_token" and not model.has_class_token:
             raise InputError("got class_token, but this model has none", argument="places")
 
 
 def _width(place: Place, model: VisionTransformer) -> int:
+    if place.at == "logits":
+        return model.num_classes
     return model.blocks[place.block - 1].attn.qkv.out_features if place.at == "qkv" else model.embed_dim

@@ -11,6 +11,7 @@ from tinymim_fast.errors import flags
 if TYPE_CHECKING:
     import torch
 
+    from tinymim_fast.data import ImageIndex
     from tinymim_fast.distributed import World
     from tinymim_fast.training.task import Task
 
@@ -52,13 +53,16 @@ class PretrainConfig(RunConfig):
         )
 
 
-def build_task(config: PretrainConfig, world: "World", checkpoint: Path | None) -> "Task":
+def build_task(
+    config: PretrainConfig, world: "World", checkpoint: Path | None, images: "ImageIndex | None" = None
+) -> "Task":
     """A masked autoencoder.
 
     Args:
         config: of the run.
         world: this process.
         checkpoint: to take the weights from; None for fresh ones, from torch's random numbers.
+        images: to train on; no task here depends on them.
 
     Raises:
         InputError: a model or checkpoint that can't be used.
@@ -66,7 +70,7 @@ def build_task(config: PretrainConfig, world: "World", checkpoint: Path | None) 
     import torch
 
     from tinymim_fast.models.attention import use_attention
-    from tinymim_fast.models.checkpoints import read_weights
+    from tinymim_fast.models.checkpoints import WEIGHTS, read_weights
     from tinymim_fast.models.mae import MaskedAutoencoder
     from tinymim_fast.models.model_info import ModelInfo
     from tinymim_fast.models.vit import check_heads, create_vit, head_layout, keep_batch_norm_fp32, whole_blocks
@@ -85,7 +89,7 @@ def build_task(config: PretrainConfig, world: "World", checkpoint: Path | None) 
         norm_pix_loss=config.norm_pix_loss,
     )
     if checkpoint is not None:
-        saved, info = read_weights(checkpoint)
+        saved, info = read_weights(checkpoint / WEIGHTS)
         with flags(source="output_dir"):
             check_finite(saved, checkpoint)
         if info is not None:

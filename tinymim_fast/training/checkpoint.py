@@ -3,8 +3,9 @@
     OUTPUT_DIR/checkpoints/
         step_00000020/                   a checkpoint: its name appears when all of it is on the disk
             model.safetensors            fp32 weights in timm's names, and what they are (`ModelInfo`)
+            model_ema.safetensors        their average over steps, where the run keeps one
             optimizer.safetensors        AdamW's moments whole, every rank's random states; step and bad files
-            SHA256SUMS                   of both, verified when the run goes on from here
+            SHA256SUMS                   of all, verified when the run goes on from here
         step_00000040/
         tmp_9f86d081_step_00000060/      being written or removed; what a killed run leaves, the next one removes
         aside_step_00000050_2cf24dba/    was called step_00000050 and is no good checkpoint: for a user to look at
@@ -15,8 +16,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +31,8 @@ from tinymim_fast.distributed import World
 from tinymim_fast.engine import STATE, Engine, save_state
 from tinymim_fast.errors import InputError, NonFiniteLossError
 from tinymim_fast.files import differing, free_mib, remove_folder, set_aside, whole_folder, write_checksums
-from tinymim_fast.models.checkpoints import latest_checkpoint, list_checkpoints, save_weights
+from tinymim_fast.models.checkpoints import EMA_WEIGHTS, latest_checkpoint, list_checkpoints, save_weights
+from tinymim_fast.training.ema import Ema
 from tinymim_fast.training.task import Task
 
 logger = logging.getLogger("tinymim_fast")
@@ -48,16 +52,29 @@ class Checkpoints:
         world: the ranks.
         task: gives the whole model's weights.
         engine: gives the trained ones and the optimizer's state.
+        ema: gives their average; None for none.
         steps_per_epoch: optimizer steps.
         start_step: step that the run goes on from, 0 for a new one.
+
+    Attributes:
+        best: name of a checkpoint that is not removed, however old; None for none.
     """
 
     def __init__(
-        self, config: RunConfig, world: World, task: Task, engine: Engine, *, steps_per_epoch: int, start_step: int
+        self,
+        config: RunConfig,
+        world: World,
+        task: Task,
+        engine: Engine,
+        ema: Ema | None = None,
+        *,
+        steps_per_epoch: int,
+        start_step: int,
     ):
-        self.config, self.world, self.task, self.engine = config, world, task, engine
+        self.config, self.world, self.task, self.engine, self.ema = config, world, task, engine, ema
         self.output_dir = Path(config.output_dir)
         self.steps_per_epoch = steps_per_epoch
+        self.best: str | None = None
         self._saved_step = start_step or None
         self._saved_at = time.monotonic()
 
@@ -83,13 +100,24 @@ class Checkpoints:
             InputError: it can't be written; the last one is untouched.
             NonFiniteLossError: a weight is not finite.
         """
+        self._save(step, client_state, self.world.broadcast)  # an error of rank 0 is everyone's
+
+    def save_alone(self, step: int, client_state: dict[str, Any]) -> None:
+        """What `save` does, of rank 0 without the others, which are gone, where the engine `holds_all`.
+
+        Random numbers are not in it: a run that goes on from it draws new ones.
+        """
+        self._save(step, client_state, None)
+
+    def _save(self, step: int, client_state: dict[str, Any], together: Callable[..., Any] | None) -> None:
         if self._saved_step == step:
             return
         weights = self.task.weights(self.engine.trained_state())
         broken = [name for name, tensor in weights.items() if not tensor.isfinite().all()]
         if broken:
             raise NonFiniteLossError(f"{broken[0]} is not finite after step {step}")
-        state = self.engine.optimizer_state()
+        averaged = None if self.ema is None else self.task.weights(self.ema.state())
+        state = self.engine.optimizer_state(alone=together is None)
         info = replace(self.task.info, step=step, epoch=step / self.steps_per_epoch)
         final = self.output_dir / FOLDER / name_of(step)
 
@@ -98,12 +126,14 @@ class Checkpoints:
                 set_aside(final)
             with whole_folder(final) as folder:
                 save_weights(folder, weights, info)
+                if averaged is not None:
+                    save_weights(folder, averaged, info, EMA_WEIGHTS)
                 save_state(folder, state, {**client_state, "step": step})
                 write_checksums(folder)
-            prune(self.output_dir, self.config.checkpoint_hist)
+            prune(self.output_dir, self.config.checkpoint_hist, self.best)
 
         try:
-            self.world.broadcast(write)  # an error of rank 0 is everyone's
+            together(write) if together else write()
         except (OSError, RuntimeError, safetensors.SafetensorError) as error:
             # PyTorch reports a full disk as "unexpected pos"
             raise InputError(
@@ -116,9 +146,20 @@ class Checkpoints:
         self._saved_at = time.monotonic()
 
 
-def prune(output_dir: Path, keep: int) -> None:
-    """Remove all checkpoints but the newest `keep`; one that can't be removed is a warning."""
+def kept(checkpoint: Path) -> dict[str, Any]:
+    """`Task.kept` of the run that saved it; nothing where it can't be read or is of before there was one."""
+    try:
+        with safetensors.safe_open(checkpoint / STATE, framework="np") as file:
+            return json.loads(file.metadata()["client_state"]).get("kept") or {}
+    except (OSError, safetensors.SafetensorError, KeyError, TypeError, ValueError):
+        return {}
+
+
+def prune(output_dir: Path, keep: int, best: str | None = None) -> None:
+    """Remove all checkpoints but the newest `keep` and the `best`; one that can't be removed is a warning."""
     for old in list_checkpoints(output_dir)[:-keep]:
+        if old.name == best:
+            continue
         try:
             remove_folder(old)
         except OSError as error:

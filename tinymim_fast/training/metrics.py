@@ -89,7 +89,12 @@ class Recorder:
         if self._bar.disable:
             logger.info("step %d/%d  %s", record["step"], self._total, "  ".join(f"{k} {v}" for k, v in shown.items()))
         if self._writer is not None:
-            for key, value in numbers.items():
+            heads = {
+                f"head_kl/{name}/{number:02d}": value
+                for name, values in record.get("head_kl", {}).items()
+                for number, value in enumerate(values, start=1)
+            }
+            for key, value in {**numbers, **heads}.items():
                 self._writer.add_scalar(key, value, record["step"])
 
     def _append(self, line: str) -> None:

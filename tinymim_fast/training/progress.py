@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,12 +14,15 @@ from torch.profiler import record_function
 from tinymim_fast.batches import BatchPlan
 from tinymim_fast.data.bad_files import BadFiles
 from tinymim_fast.distributed import World
-from tinymim_fast.errors import NonFiniteLossError
-from tinymim_fast.training.stop import StopRequests
+from tinymim_fast.errors import DataLate, NonFiniteLossError
+from tinymim_fast.training.stop import WAITING, StopRequests
 from tinymim_fast.training.task import Views
 
 SPIKE = 3.0  # times the average of the loss is a spike
 SPIKE_AFTER = 20  # steps, which it takes to have an average
+
+
+Watched = Mapping[str, torch.Tensor]
 
 
 class Progress:
@@ -53,6 +57,8 @@ class Progress:
         self.step = start_step
         self._losses: list[torch.Tensor] = []  # on the device, one (parts,) a step, not looked at yet
         self._seen: list[torch.Tensor] = []  # on the host, (steps, parts), not reported yet
+        self._watched: list[Watched] = []  # on the device, of the steps that had any, not looked at yet
+        self._head_kl: dict[str, list[torch.Tensor]] = {}  # on the host, (heads,) each, not reported yet
         self._lr = 0.0
         self.num_skipped = num_skipped
         self._skipped: list[int] = []  # since the last record
@@ -60,21 +66,34 @@ class Progress:
         self._average, self._num_averaged = 0.0, 0  # of the loss, over about the last 50 steps
         self._restart_clocks()
 
-    def timed(self, micro_batches: Iterator[Views], stop: StopRequests) -> Iterator[Views]:
-        """The same micro-batches; how long each is waited for is counted, and `stop` knows what is waited for."""
+    def timed(self, micro_batches: Iterator[Views], stop: StopRequests, blank: Callable[[], Views]) -> Iterator[Views]:
+        """The same micro-batches; how long each is waited for is counted, and `stop` knows what is waited for.
+
+        Where `stop` gives up waiting, blank ones come from then on.
+        """
         while True:
             asked = time.perf_counter()
             try:
-                with stop.doing("waiting for data"), record_function("data"):
+                with stop.doing(WAITING), record_function("data"):
                     views = next(micro_batches)
             except StopIteration:
                 return
+            except DataLate:  # the others wait for this rank's part in the step, which `stop` calls off
+                yield from itertools.repeat(blank())
             self._waited += time.perf_counter() - asked
             yield views
 
-    def add(self, losses: torch.Tensor, lr: float) -> None:
-        """One optimizer step was queued: its losses, (parts,) on the device, and its learning rate."""
+    def add(self, losses: torch.Tensor, lr: float, watched: Watched | None = None) -> None:
+        """One optimizer step was queued.
+
+        Args:
+            losses: (parts,) on the device.
+            lr: its learning rate.
+            watched: each head's divergence by name, (heads,) on the device; the same names on all ranks.
+        """
         self._losses.append(losses)
+        if watched:
+            self._watched.append(watched)
         self._lr = lr
         self.step += 1
 
@@ -93,7 +112,8 @@ class Progress:
             return
         num_steps = len(self._losses)
         mine = torch.stack(self._losses).float().cpu()
-        losses, found = zip(*self.world.gather((mine, self.bad_files.reasons)))
+        watched = [{name: heads.cpu() for name, heads in seen.items()} for seen in self._watched]
+        losses, found, heads_of_ranks = zip(*self.world.gather((mine, self.bad_files.reasons, watched)))
         for reasons in found:
             self.bad_files.update(reasons)
         everyone = torch.stack(losses)  # (ranks, steps, parts)
@@ -109,6 +129,11 @@ class Progress:
             self._watch_for_spikes(first + i, float(mean[i, 0]))
         self._seen.append(mean[counts])
         self._losses.clear()
+        for of_step in zip(*heads_of_ranks):
+            for name in of_step[0]:
+                of_ranks = torch.stack([heads[name] for heads in of_step])
+                self._head_kl.setdefault(name, []).append(of_ranks.mean(0))
+        self._watched.clear()
 
     def _watch_for_spikes(self, step: int, loss: float) -> None:
         if self._num_averaged >= SPIKE_AFTER and loss > SPIKE * self._average:
@@ -137,6 +162,9 @@ class Progress:
             record |= {"num_skipped": self.num_skipped, "skipped_steps": list(self._skipped)}
         if self._spikes:
             record["spikes"] = dict(self._spikes)
+        if self._head_kl:
+            record["head_kl"] = {name: torch.stack(heads).mean(0).tolist() for name, heads in self._head_kl.items()}
+        self._head_kl.clear()
         self._seen.clear()
         self._skipped.clear()
         self._spikes.clear()

@@ -10,14 +10,14 @@ from typing import Any
 
 import numpy as np
 import safetensors
-import yaml
 
 from tinymim_fast.config import RunConfig, differences
 from tinymim_fast.data import ImageIndex, find_images
 from tinymim_fast.data.bad_files import BadFiles
 from tinymim_fast.errors import InputError
-from tinymim_fast.models.checkpoints import METADATA_KEY, WEIGHTS, list_checkpoints
+from tinymim_fast.models.checkpoints import METADATA_KEY, WEIGHTS, latest_checkpoint, list_checkpoints
 from tinymim_fast.training.checkpoint import damage
+from tinymim_fast.yaml_files import read_mapping
 
 logger = logging.getLogger("tinymim_fast")
 CONFIG = "config.yaml"
@@ -50,16 +50,25 @@ def find_checkpoint(config: RunConfig) -> Found:
                 argument="output_dir",
             )
         return Found(None)
-    saved = _saved_configuration(output_dir / CONFIG, latest)
-    if saved is not None:
-        changed = differences(saved, config)
-        if changed:
-            raise InputError(
-                f"{output_dir} holds a run with another configuration ({'; '.join(changed)}); "
-                "choose another folder, or the same configuration to continue it",
-                argument="output_dir",
-            )
+    changed = changes(config)
+    if changed:
+        raise InputError(
+            f"{output_dir} holds a run with another configuration ({'; '.join(changed)}); "
+            "choose another folder, or the same configuration to continue it",
+            argument="output_dir",
+        )
     return _newest_good(candidates, verify=config.verify_checkpoints)
+
+
+def changes(config: RunConfig) -> list[str]:
+    """What makes the run in `output_dir` another one than `config`, see `differences`; nothing where there is none.
+
+    Raises:
+        InputError: there is one, and nothing says of which configuration.
+    """
+    output_dir = Path(config.output_dir)
+    saved = _saved_configuration(output_dir / CONFIG, latest_checkpoint(output_dir))
+    return [] if saved is None else differences(saved, config)
 
 
 def _saved_configuration(path: Path, latest: Path | None) -> dict[str, Any] | None:
@@ -67,11 +76,11 @@ def _saved_configuration(path: Path, latest: Path | None) -> dict[str, Any] | No
     said = "is missing"
     if path.exists():
         try:
-            saved = yaml.safe_load(path.read_text(encoding="utf-8"))
-            if isinstance(saved, dict) and "output_dir" in saved:
+            saved = read_mapping(path)
+            if "output_dir" in saved:
                 return saved
             said = "holds no configuration"
-        except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        except (OSError, InputError) as error:
             said = f"can't be read ({' '.join(str(error).split())[:100]})"
     if latest is None:
         return None
@@ -161,14 +170,24 @@ def find_run_images(config: RunConfig, *, resumed: bool) -> ImageIndex:
 
 
 def _as_begun(config: RunConfig, before: ImageIndex, now: ImageIndex) -> ImageIndex:
-    """The list that the run began with, where the images are now; those damaged since are found when they are read."""
-    same = before.paths == now.paths and np.array_equal(before.sizes, now.sizes)
-    if same:
+    """The list that the run began with, where the images are now; those damaged since are found when they are read.
+
+    Folders may have become shards, and shards may be packed anew: an image is known by its name.
+    """
+    if before.paths == now.paths and np.array_equal(before.sizes, now.sizes):
         return now
-    if {*before.paths, *before.damaged} != {*now.paths, *now.damaged} or before.shards != now.shards:
+    if {*before.paths, *before.damaged} != {*now.paths, *now.damaged}:
         raise InputError(
             f"{config.data_path} holds {len(now)} images, not the {len(before)} that this run began with, or others; "
             "restore them, or choose another output_dir",
             argument="data_path",
         )
-    return replace(before, root=now.root)
+    where = {path: i for i, path in enumerate(now.paths)}
+    at = np.array([where.get(path, -1) for path in before.paths])
+    lies = {"num_bytes": 1, "verdicts": 0, "spans": 0}  # in each array, what stands for one that is damaged now
+    arrays = {name: getattr(now, name) for name in lies}
+    found = {
+        name: None if array is None else np.where((at < 0).reshape(-1, *(1,) * (array.ndim - 1)), lies[name], array[at])
+        for name, array in arrays.items()
+    }
+    return replace(before, root=now.root, shards=now.shards, stamps=now.stamps, **found)
