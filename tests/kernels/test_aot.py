@@ -25,6 +25,8 @@ SPILLS = {
     ("197", "64", "bfloat16", "d_x"): 15,
     ("128", "64", "float16", "qk+vv"): 20,
 }
+# The second launch, whose loop over maps takes a few registers, where rows need their maximum.
+SPILLS_OF_EXACT = 3
 
 
 def report_of_sm_90(folder: Path, *flags: str) -> list[dict[str, str]]:
@@ -76,6 +78,8 @@ def test_no_spills(rows, committed):
     for row in rows + committed:
         shape = tuple(row[name] for name in ("num_tokens", "head_dim_s", "dtype", "use"))
         allowed = SPILLS.get(shape, 0) if row["target"] == "sm_90" and row["head_dim_t"] == "64" else 0
+        if row["kernel"] == "single_pass_exact":
+            allowed = max(allowed, SPILLS_OF_EXACT)
         assert int(row["spill_stores"]) <= allowed and int(row["spill_loads"]) <= allowed, row
 
 
