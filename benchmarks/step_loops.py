@@ -188,7 +188,7 @@ def under_autocast(
     """A loop without `step`, whose models and loss run under autocast."""
     autocast = torch.autocast(world.device.type, dtype=torch.bfloat16, enabled=config.bf16)
     groups = engines.parameter_groups(student.parameters(), config.weight_decay)
-    adamw = torch.optim.AdamW(groups, lr=LR, betas=config.opt_betas, fused=world.device.type == "cuda")
+    adamw = torch.optim.AdamW(groups, lr=LR, betas=config.opt_betas, fused=True)
 
     def forward(images: Tensor, qkv_t: Tensor) -> Tensor:
         (qkv_s,) = student(images).values()

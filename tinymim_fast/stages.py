@@ -65,7 +65,7 @@ def launch(stages: Stages, log: Path, launcher: Sequence[str], program: str, *fl
         stages: the stage has begun, and is ended here.
         log: appended to.
         launcher: flags of `deepspeed`.
-        program: "train.py" or "pretrain.py".
+        program: "train.py", "pretrain.py" or "finetune.py".
         *flags: of the program.
 
     Raises:

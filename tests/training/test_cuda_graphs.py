@@ -95,8 +95,8 @@ def test_a_run_with_a_captured_teacher_learns_the_same(world, image_folder, teac
     """Two micro-batches a step: the second one's teacher writes over what the first one's student has read."""
     replays = []
 
-    def build_task(config, world, checkpoint):
-        task = distill.build_task(config, world, checkpoint)
+    def build_task(config, *args):
+        task = distill.build_task(config, *args)
         if config.output_dir.endswith("graphed"):
             graphed = Graphed(task.frozen.module.forward, torch.zeros(8, 3, 32, 32, dtype=task.frozen.dtype))
             task.frozen.module.forward = lambda images: replays.append(images.shape) or graphed(images)
@@ -137,6 +137,9 @@ def test_what_cant_be_captured_names_the_settings(monkeypatch):
     assert "with teacher_precision fp8, attention flash: operation not permitted" in message
     with pytest.raises(InputError, match="this kind of training has no frozen model"):
         capture_frozen(True, None, cuda, (2, 3, 32, 32))
+    drawing = Frozen(nn.Identity(), torch.bfloat16, {}, "teacher_drop_path draws")
+    with pytest.raises(InputError, match="but teacher_drop_path draws anew at each call; want false"):
+        capture_frozen(True, drawing, cuda, (2, 3, 32, 32))
     for choice in ("auto", False):
         capture_frozen(choice, frozen, cuda, (2, 3, 32, 32))
 

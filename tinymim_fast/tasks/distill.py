@@ -310,6 +310,6 @@ def build_task(
         streams=streams,
         **watch,
         kept={"teacher_checkpoint": which_teacher(config)},
-        frozen=None if config.teacher_drop_path else Frozen(teacher, dtype_t, settings),
+        frozen=Frozen(teacher, dtype_t, settings, "teacher_drop_path draws" if config.teacher_drop_path else ""),
         regions=(*whole_blocks(model), *(whole_blocks(teacher) if precision != "int8" else ())),
     )

@@ -78,6 +78,8 @@ def capture_frozen(choice: bool | str, frozen: Frozen | None, device: torch.devi
         raise InputError(f"got true, which needs a CUDA device, and this is {device.type}", argument="cuda_graphs")
     if frozen is None:
         raise InputError("got true, but this kind of training has no frozen model to capture", argument="cuda_graphs")
+    if frozen.not_alike:
+        raise InputError(f"got true, but {frozen.not_alike} anew at each call; want false", argument="cuda_graphs")
     images = torch.zeros(shape, dtype=frozen.dtype, device=device)
     try:
         frozen.module.forward = Graphed(frozen.module.forward, images)

@@ -37,17 +37,19 @@ class Validation:
 
 @dataclass(frozen=True)
 class Frozen:
-    """A model that `Task.prepare` calls on images alone, in evaluation mode, without gradients or random numbers.
+    """A model that `Task.prepare` calls on images alone, without gradients.
 
     Args:
         module: its forward may be replaced by one that does the same.
         dtype: of its images.
         settings: fields of the configuration that decide what runs in it, with their values, for messages.
+        not_alike: why two calls on the same images differ, so that no graph can hold it; empty where they don't.
     """
 
     module: nn.Module
     dtype: torch.dtype
     settings: dict[str, Any]
+    not_alike: str = ""
 
 
 def _watch_nothing(step: int) -> AbstractContextManager[Mapping[str, torch.Tensor]]:
