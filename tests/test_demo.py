@@ -54,7 +54,7 @@ def test_a_program_that_fails_shows_the_end_of_its_log_and_keeps_its_code(tmp_pa
     (tmp_path / "images" / "train").mkdir(parents=True)  # the drawing is skipped, and there is nothing to train on
     assert demo.main([f"--output-dir={tmp_path}"]) == EXIT_INPUT
     out, err = capsys.readouterr()
-    assert f"what the programs say to {tmp_path / 'demo.log'}" in out and "pretrain" not in out.split("[2/5]")[0]
+    assert f"what the programs say to {tmp_path / 'demo.log'}" in out and "pretrain" not in out.split("[2/7]")[0]
     assert f"ended with code {EXIT_INPUT}. The last lines of {tmp_path / 'demo.log'}:" in err
     assert "pretrain.py: --data-path: " in err
     assert len(err.strip().splitlines()) <= stages.SHOWN_ON_FAILURE + 2

@@ -1,4 +1,4 @@
-"""The whole story in a few minutes on a CPU: draw images, pre-train a teacher, distil a student, compare them.
+"""The whole story in a few minutes on a CPU: draw images, pre-train a teacher, distil a student, make it a classifier.
 
 python -m tinymim_fast.demo --output-dir DIR
 """
@@ -15,7 +15,7 @@ from pathlib import Path
 from tinymim_fast.errors import EXIT_INPUT, InputError
 from tinymim_fast.stages import Stages, launch, tell_failure
 
-NUM_STAGES = 5
+NUM_STAGES = 7
 PICTURED, NUM_QUERIES = "val/star/00005.jpg", 4  # whose relations are drawn, and of how many of its patches
 
 
@@ -29,6 +29,7 @@ def tell_story(stages: Stages, out: Path, log: Path) -> None:
     from tinymim_fast.data import draw_image_folder
     from tinymim_fast.evaluate import evaluate_knn
     from tinymim_fast.export import export
+    from tinymim_fast.training.metrics import read_metrics
 
     images, teacher, student, exported = (out / name for name in ("images", "teacher", "student", "export"))
     stages.begin("drawing images of 16 classes")
@@ -61,12 +62,22 @@ def tell_story(stages: Stages, out: Path, log: Path) -> None:
     picture_relations(picture, images / PICTURED, str(teacher), str(exported))
     stages.end()
 
-    print(f"\n{f'k-NN accuracy on {num_classes} classes':34s}  top-1 %")
-    for name, accuracy in accuracies.items():
-        print(f"{name:34s}  {100 * accuracy:7.1f}")
+    classifiers = {"student, distilled": str(student), "the same model from scratch": "none"}
+    fine_tuned = {}
+    for name, checkpoint in classifiers.items():
+        run = out / ("classifier" if checkpoint != "none" else "classifier_from_scratch")
+        stages.begin(f"fine-tuning to {num_classes} classes: {name}")
+        paths = (f"--data-path={images}", f"--checkpoint={checkpoint}", f"--output-dir={run}")
+        launch(stages, log, _one_device(), "finetune.py", "--config=demo_finetune", *paths)
+        fine_tuned[name] = next(r["top1"] for r in reversed(read_metrics(run)) if "top1" in r) / 100
+
+    for title, found in (("k-NN", accuracies), ("fine-tuned", fine_tuned)):
+        print(f"\n{f'{title} accuracy on {num_classes} classes':40s}  top-1 %")
+        for name, accuracy in found.items():
+            print(f"{name:40s}  {100 * accuracy:7.1f}")
     print("\nPictures")
     print(f"  relations of teacher and student, before and after  {picture}")
-    for name, run in (("teacher", teacher), ("student", student)):
+    for name, run in (("teacher", teacher), ("student", student), ("classifier", out / "classifier")):
         print(f"  loss, learning rate, images/s: {name:20s} {run / 'curves.png'}")
     print(f"\nIn timm: timm.create_model('local-dir:{exported}', pretrained=True)")
 

@@ -52,8 +52,9 @@ def export(
         formats: any of `FORMATS`.
 
     Returns:
-        Whether plain timm loads it. No model of timm's has another number of heads in another block; an export that
-        has names `tinymim_fast_vit`, which timm knows after `import tinymim_fast.models`, and fails without it.
+        Whether plain timm loads it. No model of timm's has another number of heads in another block, or TinyMIM*-T's
+        layer before the heads; an export that has names `tinymim_fast_vit` or `tinymim_fast_star`, which timm knows
+        after `import tinymim_fast.models`, and fails without it.
 
     Raises:
         InputError: no checkpoint (argument "source"), `out` holds something or can't be written (argument "out"), or
@@ -91,7 +92,7 @@ def export(
             save_weights(temporary, vit.state_dict(), info)
     except OSError as error:
         raise InputError(f"{out}: can't be written: {error}", argument="out") from error
-    return len(set(heads)) == 1
+    return len(set(heads)) == 1 and info.architecture != "tinymim_fast_star"
 
 
 def _deploy(folder: Path, vit: VisionTransformer, info: ModelInfo, formats: Sequence[str]) -> None:
@@ -115,6 +116,7 @@ def _correct(path: Path, architecture: str, heads: Sequence[int]) -> None:
     config = json.loads(path.read_text())
     for key in ("tag", "license", "origin_url", "paper_ids", "paper_name", "notes"):
         config["pretrained_cfg"].pop(key, None)
+    config["architecture"] = architecture
     if len(set(heads)) > 1:
         config["architecture"] = "tinymim_fast_vit"
         config["model_args"] = {**config["model_args"], "base": architecture, "num_heads": list(heads)}
@@ -142,8 +144,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"timm.create_model('local-dir:{args.out}', pretrained=True)")
     if not plain:
         print(
-            "Its blocks have different numbers of heads, which plain timm can't have: `import tinymim_fast.models` "
-            "first. With one number of heads everywhere these weights give other features."
+            "Its blocks have different numbers of heads, or a layer stands before its classifier, which plain timm "
+            "can't have: `import tinymim_fast.models` first. With one number of heads its features are others."
         )
     return 0
 

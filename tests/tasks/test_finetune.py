@@ -337,3 +337,23 @@ def test_a_teacher_of_other_classes_is_refused(whole, world, image_folder, tmp_p
         (tmp_path / "images" / split / "star").rename(tmp_path / "images" / split / "comet")
     with pytest.raises(InputError, match=r"--teacher-checkpoint: .* has 16 classes, and the images have 16, or others"):
         fine_tune(world, *finetune_flags(tmp_path / "images", tmp_path / "run", teacher_checkpoint=whole))
+
+
+def test_the_classifier_of_tinymim_star(whole, world, image_folder, tmp_path):
+    """A layer before both heads, 12 heads: its logits by the formula; saved, exported, read back."""
+    import timm
+
+    heads = {"model_kwargs": json.dumps({**TINY, "num_heads": 12}), "pre_head_dim": 160}
+    fine_tune(world, *finetune_flags(image_folder, tmp_path / "run", teacher_checkpoint=whole, **heads))
+    vit, info = load_classifier(str(tmp_path / "run"))
+    assert info.architecture == "tinymim_fast_star" and info.head_layout["num_heads"] == [12] * 3
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        tokens = vit.eval().forward_features(images)
+        norm, linear, _ = vit.pre_head
+        of_token = torch.nn.functional.gelu(linear(norm(tokens[:, :2])))
+        want = (vit.head(of_token[:, 0]) + vit.head_dist(of_token[:, 1])) / 2
+    torch.testing.assert_close(vit(images), want)
+    assert not export(str(tmp_path / "run"), tmp_path / "out")
+    model = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
+    assert torch.equal(model(images), vit(images)) and linear.weight.shape == (160, 48)

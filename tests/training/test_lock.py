@@ -7,8 +7,9 @@ import pytest
 pytest.importorskip("deepspeed")
 
 from support.programs import distill_flags, run_forked, start_forked
-from support.runs import last_step
-from tinymim_fast.errors import EXIT_INPUT
+from support.runs import SIX_STEPS, distil, last_step, losses
+from tinymim_fast.errors import EXIT_INPUT, InputError
+from tinymim_fast.tasks import distill
 from tinymim_fast.training.metrics import read_metrics
 
 
@@ -38,3 +39,20 @@ def test_a_second_run_is_refused_while_the_first_lives(image_folder, teacher_fil
             second.kill()
     finally:
         first.kill()
+
+
+@pytest.mark.fault(
+    "two runs are started in one new folder at the same moment",
+    "one trains; the other is refused, also where the first is done before it looks again",
+)
+def test_of_two_runs_that_find_a_new_folder_one_trains(world, image_folder, teacher_file, tmp_path):
+    flags = distill_flags(image_folder, teacher_file, tmp_path / "run", **SIX_STEPS)
+
+    def while_the_other_trains(*args):
+        distil(world, *flags)
+        return distill.build_task(*args)
+
+    with pytest.raises(InputError, match="another run has trained here meanwhile; the same command continues it"):
+        distil(world, *flags, build_task=while_the_other_trains)
+    assert last_step(tmp_path / "run") == len(losses(tmp_path / "run")) == 6
+    assert not list((tmp_path / "run" / "checkpoints").glob("aside_*"))

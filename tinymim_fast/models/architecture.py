@@ -71,6 +71,7 @@ KWARGS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "no_embed_class": _flag,
     "reg_tokens": (_whole(0, 4096), "0 to 4096"),
     "pre_norm": _flag,
+    "pre_head_dim": (_whole(1, 65536), "1 to 65536"),
     "final_norm": _flag,
     "fc_norm": _optional_flag,
     "pool_include_prefix": _flag,

@@ -39,7 +39,7 @@ STEP_NAME = re.compile(r"step_\d{8}")
 METADATA_KEY = "tinymim_fast"
 SIZES = {(192, 12): "tiny", (384, 12): "small", (768, 12): "base", (1024, 24): "large", (1280, 32): "huge"}
 # Weights that other formats have or lack, and that no tap before the final norm reads.
-NOT_NEEDED = ("norm.", "fc_norm.", "head.", "head_dist.")
+NOT_NEEDED = ("norm.", "fc_norm.", "pre_head.", "head.", "head_dist.")
 TARGETS = "targets."  # before layers that distillation trains beside a student, which go no further
 NOT_ENCODER = ("decoder_", "mask_token", TARGETS, *NOT_NEEDED)
 

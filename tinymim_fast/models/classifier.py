@@ -45,6 +45,7 @@ class Classifier:
         drop_path: rate in the last block; it grows from 0 in the first, linearly with depth.
         head_init_std: of the new head's weights; its biases are 0.
         distilled: a distillation token and a second head for it (DeiT, arXiv 2012.12877).
+        pre_head_dim: with it, width of a layer before both heads, as TinyMIM*-T has: see `star`; 0: none.
     """
 
     source: str
@@ -58,6 +59,7 @@ class Classifier:
     drop_path: float = 0.0
     head_init_std: float = 2e-5
     distilled: bool = False
+    pre_head_dim: int = 0
 
 
 def create_classifier(wanted: Classifier) -> tuple[VisionTransformer, ModelInfo]:
@@ -89,6 +91,8 @@ def create_classifier(wanted: Classifier) -> tuple[VisionTransformer, ModelInfo]
         raise InputError(f"got token, and {name} has no class token; want avg", argument="global_pool")
     if wanted.distilled:
         name, pool = _with_distillation_token(name), "token"
+    if wanted.pre_head_dim:
+        name, kwargs = "tinymim_fast_star", {**_shape_of(name), **kwargs, "pre_head_dim": wanted.pre_head_dim}
     kwargs |= {"img_size": wanted.img_size, "num_classes": wanted.num_classes, "global_pool": pool}
     vit = create_vit(name, **kwargs, drop_path_rate=wanted.drop_path)
     if wanted.num_heads is not None:
@@ -319,6 +323,13 @@ def _with_distillation_token(name: str) -> str:
             argument="distilled",
         )
     return distilled
+
+
+def _shape_of(name: str) -> dict[str, Any]:
+    """What timm's name of a DeiT says of its shape."""
+    with torch.device("meta"):
+        vit = create_vit(name, img_size=224)
+    return {"embed_dim": vit.embed_dim, "depth": len(vit.blocks), "num_heads": vit.blocks[0].attn.num_heads}
 
 
 def _without_heads(encoder: VisionTransformer, vit: VisionTransformer) -> dict[str, torch.Tensor]:

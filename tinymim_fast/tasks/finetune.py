@@ -47,6 +47,8 @@ class FinetuneConfig(RunConfig):
         distillation_type: "hard": the teacher's first class; "soft": its probabilities.
         distillation_alpha: the teacher's share of the loss.
         distillation_tau: temperature of "soft".
+        pre_head_dim: width of a layer before the heads, LayerNorm, linear and GELU, with a teacher alone; TinyMIM*-T
+            has 1280; 0: none.
         layer_decay: factor on the learning rate for each layer below the head.
         drop_path: rate in the last block; it grows from 0 in the first.
         aa: RandAugment in timm's words, e.g. "rand-m9-mstd0.5-inc1".
@@ -93,6 +95,7 @@ class FinetuneConfig(RunConfig):
     distillation_type: Literal["hard", "soft"] = "hard"
     distillation_alpha: float = 0.5
     distillation_tau: float = 1.0
+    pre_head_dim: int = 0
     layer_decay: float = 1.0
     drop_path: float = 0.0
     aa: str | None = None
@@ -142,6 +145,8 @@ class FinetuneConfig(RunConfig):
             self._check(name, getattr(self, name) >= 0, "0 or more")
         self._check("recount", self.recount > 0, "more than 0")
         self._check("distillation_alpha", 0 < self.distillation_alpha < 1, "more than 0 and less than 1")
+        wider = self.pre_head_dim == 0 or (self.pre_head_dim > 0 and self.teacher_checkpoint is not None)
+        self._check("pre_head_dim", wider, "0, or more with teacher_checkpoint")
         self._check("distillation_tau", self.distillation_tau > 0, "more than 0")
         self._check("teacher_model", self.teacher_model is None or self.teacher_checkpoint, "teacher_checkpoint too")
         self._check("layer_decay", 0 < self.layer_decay <= 1, "more than 0, at most 1")
@@ -263,6 +268,7 @@ def _wanted(config: FinetuneConfig, num_classes: int) -> "Classifier":
         drop_path=config.drop_path,
         head_init_std=config.head_init_std,
         distilled=config.teacher_checkpoint is not None,
+        pre_head_dim=config.pre_head_dim,
     )
 
 

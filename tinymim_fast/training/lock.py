@@ -32,6 +32,11 @@ class RunLock:
         self._patience_s = PATIENCE_S if patience_s is None else patience_s
         self._descriptor: int | None = None
 
+    @property
+    def is_held(self) -> bool:
+        """Whether this object has taken it."""
+        return self._descriptor is not None
+
     def acquire(self) -> None:
         """Take it, if this isn't done and there is a folder.
 
@@ -39,7 +44,7 @@ class RunLock:
             InputError: another run holds it; says which.
             OSError: the file can't be written.
         """
-        if self._descriptor is not None or not self._path.parent.is_dir():
+        if self.is_held or not self._path.parent.is_dir():
             return
         descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
         deadline = time.monotonic() + self._patience_s

@@ -20,7 +20,7 @@ from tinymim_fast.distributed import World, rank_was_lost, seed_rank
 from tinymim_fast.engine import Engine
 from tinymim_fast.errors import InputError, NonFiniteLossError, Terminated, flags
 from tinymim_fast.files import remove_unfinished, set_aside, write_text
-from tinymim_fast.models.checkpoints import EMA_WEIGHTS, latest_checkpoint, read_weights
+from tinymim_fast.models.checkpoints import EMA_WEIGHTS, latest_checkpoint, list_checkpoints, read_weights
 from tinymim_fast.training import checkpoint as checkpoints
 from tinymim_fast.training import resume
 from tinymim_fast.training.agreement import SAVE, STOP, TOO_MANY_BAD, UNDONE, Agreement, StepStart
@@ -217,7 +217,7 @@ def train(
                     measured = validator.measure(step, stop)
                 if not measured:
                     raise Terminated(
-                        f"stopped by {reason_of(validator.stop_code)} at step {step}; the same command continues"
+                        f"stopped by {reason_of(validator.stop_code)} at step {step}, saved; the same command continues"
                     )
                 recorder.write({"step": step, "epoch": round(step / steps_per_epoch, 4), **measured})
                 validator.write_best()
@@ -311,7 +311,14 @@ def _prepare_folder(
     output_dir = Path(config.output_dir)
     try:
         (output_dir / checkpoints.FOLDER).mkdir(parents=True, exist_ok=True)
+        was_new = not lock.is_held
         lock.acquire()
+        if was_new and list_checkpoints(output_dir):  # looked for before it was this run's
+            raise InputError(
+                f"{output_dir}: another run has trained here meanwhile; the same command continues it, or choose "
+                "another folder",
+                argument="output_dir",
+            )
         for folder in (output_dir, output_dir / checkpoints.FOLDER):
             remove_unfinished(folder)
         for checkpoint in damaged:
