@@ -27,6 +27,8 @@ LABELS = {
     "official_loop": Label("official loop", "#222222", "s"),
     "plain": Label("plain PyTorch loop, our teacher and loss", "#D55E00", "D"),
     "ours": Label("**`train.py`**", "#0072B2"),
+    "together": Label("**`train.py`, several students of one teacher pass**", "#0072B2"),
+    "apart": Label("`train.py`, one student after another", "#7F7F7F"),
     "dali_mixed": Label("**DALI**, decoding on the GPU", "#009E73"),
     "dali_cpu": Label("**DALI**", "#0072B2"),
     "fallback": Label("`--loader torchvision`", "#7F7F7F"),

@@ -31,6 +31,7 @@ from tinymim_fast.tasks.distill import DistillConfig, build_task
 from tinymim_fast.training.compilation import Compiler, wanted
 from tinymim_fast.training.cuda_graphs import capture_frozen
 from tinymim_fast.training.step import TrainStep
+from tinymim_fast.training.task import Task
 
 Views = tuple[Tensor, ...]
 RECIPES = {"L-B": "tinymim_base", "B-S": "tinymim_small", "S-T": "tinymim_tiny", "B-T": "tinymim_tiny"}
@@ -102,7 +103,7 @@ def config_of(
     return parse(DistillConfig, [f"--{name}={value}" for name, value in flags.items()], "train_step.py")
 
 
-def ours(config: DistillConfig, world: World, opened: ExitStack) -> Loop:
+def as_trained(config: DistillConfig, world: World, opened: ExitStack) -> tuple[Task, engines.Engine, TrainStep]:
     """What `train.py` runs: task, engine and step, compiled where a run is; the compiler is closed with `opened`."""
     torch.manual_seed(config.seed)
     task = build_task(config, world, None)
@@ -115,8 +116,18 @@ def ours(config: DistillConfig, world: World, opened: ExitStack) -> Loop:
     shape = batches.micro_batch_size, 3, config.img_size, config.img_size
     capture_frozen(config.cuda_graphs, task.frozen, world.device, shape)
     engine = engines.Engine(task.model, ds_config, world, lr_at=lambda step: LR, regions=regions, **optimizer)
+    return (
+        task,
+        engine,
+        TrainStep(engine, task.prepare, parts=task.parts, accumulation_steps=batches.accumulation_steps),
+    )
+
+
+def ours(config: DistillConfig, world: World, opened: ExitStack) -> Loop:
+    """`as_trained`, of one student."""
+    task, engine, step = as_trained(config, world, opened)
     return Loop(
-        step=TrainStep(engine, task.prepare, parts=task.parts, accumulation_steps=batches.accumulation_steps),
+        step=step,
         prepare=lambda views: task.prepare(tuple(view.to(engine.dtype) for view in views)),
         forward=lambda *inputs: engine.forward(*inputs)["loss"],
         backward=engine.backward,

@@ -36,6 +36,7 @@ from tinymim_fast.evaluate import evaluate
 from tinymim_fast.evaluation.report import write_report
 from tinymim_fast.models.checkpoints import latest_checkpoint
 from tinymim_fast.stages import HERE as PACKAGE
+from tinymim_fast.stages import end_with_parent
 from tinymim_fast.training.metrics import read_metrics
 
 ALL_ROWS = rows(Sizes())
@@ -214,12 +215,25 @@ class Study:
 
 
 def start_program(command: Sequence[str], log: Any) -> int:
-    """The exit code of `python tinymim_fast/PROGRAM FLAGS...`, whose output goes to `log`."""
+    """The exit code of `python tinymim_fast/PROGRAM FLAGS...`, whose output goes to `log`.
+
+    It saves and ends when this process is interrupted, or, on Linux, killed.
+    """
     program, *flags = command
     print("$", program, *flags, file=log, flush=True)
-    return subprocess.run(
-        [sys.executable, str(PACKAGE / program), *flags], stdout=log, stderr=subprocess.STDOUT, check=False
-    ).returncode
+    process = subprocess.Popen(
+        [sys.executable, str(PACKAGE / program), *flags],
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,  # so that Ctrl-C reaches it by this process alone
+        preexec_fn=end_with_parent,
+    )
+    try:
+        return process.wait()
+    except BaseException:
+        process.terminate()
+        process.wait()
+        raise
 
 
 def last_step(folder: Path) -> int:
@@ -362,8 +376,8 @@ def main(argv: Sequence[str] | None = None, *, sizes: Sizes | None = None, run: 
     except InputError as error:
         print(f"study: {error}", file=sys.stderr)
         return EXIT_INPUT
-    except OutOfTime:
-        print("time is over; the same command goes on")
+    except (OutOfTime, KeyboardInterrupt):
+        print("stopped; the same command goes on")
         return EXIT_TERMINATED
     except subprocess.CalledProcessError as error:
         print(f"study: {error.cmd[0]} ended with code {error.returncode}: {error.cmd[-1]}.log", file=sys.stderr)

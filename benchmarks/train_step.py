@@ -3,6 +3,7 @@
 python benchmarks/train_step.py                                  # the recipes on a GPU, the small pairs on a CPU
 python benchmarks/train_step.py --pairs B-S --precisions bf16 --batch-sizes 512 --output train_step.csv
 python benchmarks/train_step.py --sweep zero batch data          # ZeRO stages, batch sizes, images from the loader
+python benchmarks/train_step.py --sweep students                 # two students of one teacher pass, or one by one
 python benchmarks/train_step.py --sweep settings                 # compile, attention, teacher's precision, CUDA graph
 
 Providers (step_loops.py) take turns, on three batches in rotation: "official_loop", as the paper's; "plain", a
@@ -43,6 +44,7 @@ import sweep
 from providers import formula, projections
 from step_loops import PRECISIONS, PROVIDERS, VARIANTS, Loop, Views, config_of, synchronize
 from step_roofs import PAIRS, RELATIONS
+from step_students import STUDENTS, measure_students
 from tinymim_fast import engine as engines
 from tinymim_fast.data import build_loader, find_images
 from tinymim_fast.data.loader import TrainLoader
@@ -51,7 +53,7 @@ from tinymim_fast.models.taps import Place, Taps
 from tinymim_fast.tasks.distill import DistillConfig, build_task, load_teacher
 from tinymim_fast.training.task import train_view
 
-SWEEPS = ("pairs", "settings", "zero", "batch", "data")
+SWEEPS = ("pairs", "settings", "zero", "batch", "data", "students")
 PARTS = ("data_ms", "teacher_ms", "forward_ms", "backward_ms", "optimizer_ms")
 # Columns of a row behind its status. The parts are of steps on their own, with the device waited for between them;
 # data_ms is the wait for a batch in the steps that are timed. loss_ms is the loss and its gradient alone, part of
@@ -291,6 +293,7 @@ def plan(args: argparse.Namespace) -> list[Point]:
         "zero": [replace(base, sweep="zero", zero_stage=stage) for stage in (0, 1, 2, 3)],
         "batch": [replace(base, sweep="batch", batch_size=size) for size in args.batch_sizes],
         "data": [replace(base, sweep="data", data=data) for data in ("random", "loaded")],
+        "students": [replace(base, sweep="students", pair=STUDENTS, precision=p) for p in args.precisions],
     }
     return [point for name in SWEEPS if name in args.sweep for point in points[name]]
 
@@ -337,6 +340,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         names = args.providers or (settings if point.compared == "settings" else of_point)
         timing = {"seconds": args.seconds_per_point, "num_repeats": args.num_repeats}
         with contextlib.ExitStack() as opened:
+            if point.sweep == "students":
+                return measure_students(point, world, Path(scratch), opened, **timing)
             return measure(point, names, world, Path(scratch), opened, **timing)
 
     interrupted = False

@@ -93,7 +93,7 @@ def draw(path: str | Path, lines: Sequence[Line], grid: tuple[int, int], *, titl
     tops = [HEAD + i * (PANEL + GAP) + 2 * GAP * sum(start <= i for start in starts) for i in range(len(lines))]
     lefts, right = {}, LABEL + PANEL
     for relation, models in relations.items():
-        lefts[relation] = right + 4 * GAP
+        lefts[relation] = right + 7 * GAP
         right = lefts[relation] + len(models) * (PANEL + GAP)
     width, height = max(right + 2 * GAP, 5.5), tops[-1] + PANEL + 2 * GAP + bars
     figure = Figure(figsize=(width, height))

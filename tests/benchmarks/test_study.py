@@ -2,7 +2,12 @@
 
 import json
 import math
+import os
+import signal
+import subprocess
+import sys
 import tarfile
+import time
 from dataclasses import replace
 
 import pytest
@@ -13,7 +18,7 @@ import study
 import study_report
 from study_plan import TEACHER_SHARE, Plan, make_plan
 from study_rows import Sizes, chosen, distil_flags, finetune_flags, pretrain_flags, rows
-from support.programs import TINY, run_forked
+from support.programs import ROOT, TINY, run_forked
 from tinymim_fast.config import parse
 from tinymim_fast.errors import EXIT_INPUT, EXIT_TERMINATED, InputError
 from tinymim_fast.tasks.distill import DistillConfig
@@ -87,6 +92,40 @@ def test_it_stops_goes_on_and_begins_nothing_twice(arguments):
     }
     assert differ == {"--checkpoint", "--model", "--model-kwargs", "--output-dir"}, "fine-tuning is the same for all"
     assert of_scratch["--checkpoint"] == "none" and of_relations["--checkpoint"].endswith("relations_seed1")
+
+
+PROGRAM = """
+import pathlib, signal, sys, time
+def save(*_):
+    pathlib.Path(sys.argv[1]).write_text("saved")
+    sys.exit(75)
+signal.signal(signal.SIGTERM, save)
+print("ready", flush=True)
+time.sleep(60)
+"""
+START = (
+    "import sys; import study; study.PACKAGE = study.Path(sys.argv[1]); study.start_program(sys.argv[2:], sys.stdout)"
+)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_a_program_saves_when_the_study_is_killed(number, tmp_path):
+    (tmp_path / "program.py").write_text(PROGRAM)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "benchmarks"), str(ROOT)])}
+    command = [sys.executable, "-c", START, str(tmp_path), "program.py", str(tmp_path / "saved")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment)
+    try:
+        while "ready" not in (line := process.stdout.readline()):
+            assert line, "it ended"
+        process.send_signal(number)
+        process.wait(30)
+        deadline = time.monotonic() + 30
+        while not (tmp_path / "saved").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert (tmp_path / "saved").exists()
+    finally:
+        process.kill()
 
 
 def test_a_program_that_fails_is_named(arguments, capsys):

@@ -75,6 +75,17 @@ def test_settings_that_cant_run_here_say_why(world, folder):
         assert row["status"] == harness.NOT_AVAILABLE and reason in row["detail"], row
 
 
+def test_two_students_of_one_teacher_pass(world, folder):
+    """Both are timed, and the losses of each are those alone."""
+    point = replace(POINT, sweep="students", pair=train_step.STUDENTS, precision="fp32")
+    with contextlib.ExitStack() as opened:
+        rows = train_step.measure_students(point, world, folder, opened, num_repeats=2, seconds=0)
+    assert list(rows) == ["together", "apart"]
+    for row in rows.values():
+        assert row["status"] == harness.OK and row["loss_error"] == 0, row
+        assert row["images_per_s"] == pytest.approx(4e3 / row["step_ms"], rel=0.01)
+
+
 def test_images_from_the_loader_are_waited_for(world, folder, monkeypatch):
     data_loading = pytest.importorskip("data_loading")
     draw = data_loading.draw_photographs

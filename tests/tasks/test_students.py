@@ -234,7 +234,7 @@ BAD = [
         r"students\[1\].targets\[0\].heads: got 7, want a number that divides the student's width 48",
     ),
     (
-        {"students": [{}, {"name": "b", "model_kwargs": {**TINY, "patch_size": 16}}]},
+        {"students": [{}, {"name": "b", "model_kwargs": {**TINY, "patch_size": 16, "img_size": 32}}]},
         r"students\[1\].model_kwargs: the student has 5 tokens, .* match patch_size",
     ),
     ({"students": [{"name": "keys"}]}, "--students: got keys, which PyTorch uses itself; want another name"),
