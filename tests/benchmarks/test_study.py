@@ -182,6 +182,7 @@ def test_the_plan_fits_the_hours():
         assert 0.6 * hours < used <= hours and made.estimates_s["teacher"] <= TEACHER_SHARE * 3600 * hours
         assert made.finetune_epochs - made.pretrain_epochs in (0, 1)
     assert plan(40.0)[0].pretrain_epochs > plan(12.0)[0].pretrain_epochs >= 1
+    assert "does not fit" in plan(0.5)[0].describe() and "does not fit" not in plan(12.0)[0].describe()
     assert "all" in plan(12.0)[0].describe() and "fp32" in plan(12.0)[0].describe()
 
 
@@ -235,6 +236,8 @@ def test_held_out_images_are_none_that_are_trained_on(image_folder, tmp_path):
         p.resolve() for p in (image_folder / "train").rglob("*") if p.is_file()
     }
     assert len(validated) == 16, "one of six in each of 16 classes"
+    few = study.prepare_images(image_folder, tmp_path / "few", held_out=False, per_class=2)
+    assert len(list((few / "train").rglob("*.jpg"))) == 32 == len(list((few / "val").rglob("*.jpg")))
 
 
 def test_an_archive_is_unpacked_once(image_folder, tmp_path):
