@@ -194,6 +194,7 @@ def test_a_chain_is_stopped_killed_and_finished(world, argv, tmp_path, image_fol
     first, second = json.loads((out / "chain.json").read_text())
     assert (first["stage"], second["stage"], second["teacher"], second["steps"]) == ("first", "second", "first", 120)
     assert second["last_loss"] < second["first_loss"]
+    assert (first["width"], second["width"]) == (TINY["embed_dim"], 24)
     assert (out / "chain.md").read_text() in output and (out / "chain.png").stat().st_size > 5000
 
     logs = [(out / f"{name}.log").read_text() for name in STAGES]
@@ -240,7 +241,7 @@ def test_a_stages_row_is_worked_out_from_its_records(tmp_path, argv):
     title, dashes, line = markdown([found]).splitlines()
     assert title.startswith("| stage | teacher ") and set(dashes) == {"|", "-", " "}
     assert [cell.strip() for cell in line.split("|")][1:-1] == [
-        *("tiny", Path(config.teacher_checkpoint).name, "vit_tiny_patch16_224", "3", "20", "4", "1", "75", "0.00"),
+        *("tiny", Path(config.teacher_checkpoint).name, "vit_tiny_patch16_224", "–", "3", "20", "4", "1", "75", "0.00"),
     ]
     assert "| –  " in markdown([row("tiny", config, [])])
 

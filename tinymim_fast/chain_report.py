@@ -10,13 +10,14 @@ from typing import Any
 
 from tinymim_fast.config import RunConfig
 from tinymim_fast.files import whole_file, write_text
-from tinymim_fast.models.checkpoints import latest_checkpoint
+from tinymim_fast.models.checkpoints import describe, latest_checkpoint
 from tinymim_fast.training.metrics import read_metrics
 
 COLUMNS = {  # key of chain.json: title and format in chain.md
     "stage": ("stage", "{}"),
     "teacher": ("teacher", "{}"),
     "student": ("student", "{}"),
+    "width": ("width", "{}"),
     "epochs": ("epochs", "{}"),
     "steps": ("steps", "{}"),
     "first_loss": ("first loss", "{:.4g}"),
@@ -55,10 +56,12 @@ def row(name: str, config: RunConfig, records: Sequence[Mapping[str, Any]]) -> d
     seconds = [
         (step - before) * config.train_batch_size / r["images_per_s"] for before, step, r in zip(steps, steps[1:], told)
     ]
+    latest = latest_checkpoint(Path(config.output_dir))
     return {
         "stage": name,
         "teacher": Path(config.teacher_checkpoint).name,
         "student": config.student_model,
+        "width": None if latest is None else describe(latest).head_layout["embed_dim"],
         "epochs": config.epochs,
         "steps": steps[-1] if told else None,
         "first_loss": told[0]["loss"] if told else None,
@@ -66,7 +69,7 @@ def row(name: str, config: RunConfig, records: Sequence[Mapping[str, Any]]) -> d
         "images_per_s": statistics.median(r["images_per_s"] for r in told) if told else None,
         "hours": sum(seconds) / 3600 if told else None,
         "last": dict(told[-1]) if told else None,
-        "checkpoint": str(latest_checkpoint(Path(config.output_dir))),
+        "checkpoint": None if latest is None else str(latest),
     }
 
 

@@ -133,7 +133,7 @@ def test_a_folder_of_other_images_is_refused(stand_in, tmp_path):
         maker.make_corruptions(index, tmp_path / "out", VIEW, seed=1, workers=1)
     with pytest.raises(InputError, match="exists already"):
         maker.make_corruptions(index, tmp_path / "images", VIEW, workers=1)
-    with pytest.raises(InputError, match="got images of 16 pixels, want 32 or more"):
+    with pytest.raises(InputError, match="got 16 pixels a side, want 32 or more"):
         maker.make_corruptions(index, tmp_path / "new", EvalView(img_size=16, resize_size=18))
 
 

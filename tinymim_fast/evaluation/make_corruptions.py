@@ -76,7 +76,7 @@ def make_corruptions(
     """
     check_maker()
     if view.img_size < MIN_SIZE:
-        raise InputError(f"got images of {view.img_size} pixels, want {MIN_SIZE} or more", argument="make_corruptions")
+        raise InputError(f"got {view.img_size} pixels a side, want {MIN_SIZE} or more", argument="make_corruptions")
     made_from = {
         "num_images": len(index),
         "root": str(index.root),
