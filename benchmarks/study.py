@@ -12,36 +12,31 @@ evaluation sees the validation images; --held-out takes a tenth of the training 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
 import json
 import shutil
 import subprocess
 import sys
-import tarfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import harness  # noqa: F401 (a checkout needs no installation)
 import study_report
+from study_images import prepare_images, unpack
 from study_plan import START_S, Plan, make_plan, measured_rate, seconds_of
 from study_rows import Row, Sizes, chosen, distil_flags, finetune_flags, pretrain_flags, rows
-from tinymim_fast.data import scan
-from tinymim_fast.data.index import INDEX_FILE
 from tinymim_fast.errors import EXIT_INPUT, EXIT_TERMINATED, InputError
 from tinymim_fast.evaluate import evaluate
 from tinymim_fast.evaluation.report import write_report
 from tinymim_fast.models.checkpoints import latest_checkpoint
 from tinymim_fast.stages import HERE as PACKAGE
+from tinymim_fast.stages import end_with_parent
 from tinymim_fast.training.metrics import read_metrics
 
 ALL_ROWS = rows(Sizes())
 RESULTS = Path(__file__).parent / "results" / "study"
-PROBED_PER_CLASS = 1000  # training images whose features the probes take: all would cost more than the training
-HELD_OUT = 10  # every so many-th training image
 MIN_PART_S = 60.0  # less is not worth starting a program for
 KNN = (20,)
 
@@ -214,12 +209,25 @@ class Study:
 
 
 def start_program(command: Sequence[str], log: Any) -> int:
-    """The exit code of `python tinymim_fast/PROGRAM FLAGS...`, whose output goes to `log`."""
+    """The exit code of `python tinymim_fast/PROGRAM FLAGS...`, whose output goes to `log`.
+
+    It saves and ends when this process is interrupted, or, on Linux, killed.
+    """
     program, *flags = command
     print("$", program, *flags, file=log, flush=True)
-    return subprocess.run(
-        [sys.executable, str(PACKAGE / program), *flags], stdout=log, stderr=subprocess.STDOUT, check=False
-    ).returncode
+    process = subprocess.Popen(
+        [sys.executable, str(PACKAGE / program), *flags],
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,  # so that Ctrl-C reaches it by this process alone
+        preexec_fn=end_with_parent,
+    )
+    try:
+        return process.wait()
+    except BaseException:
+        process.terminate()
+        process.wait()
+        raise
 
 
 def last_step(folder: Path) -> int:
@@ -231,71 +239,6 @@ def last_step(folder: Path) -> int:
 def _flag(name: str, value: Any) -> str:
     text = str(value) if isinstance(value, (str, Path)) else json.dumps(value)
     return f"--{name.replace('_', '-')}={text}"
-
-
-@contextlib.contextmanager
-def _made(folder: Path) -> Iterator[Path]:
-    """A folder under a temporary name, which gets its own as the with block ends.
-
-    Not `whole_folder`, which syncs every file: here are 55,000, which can be made again.
-    """
-    temporary = folder.with_name(f"tmp_{folder.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    yield temporary
-    temporary.rename(folder)
-
-
-def unpack(data_path: Path, out: Path) -> Path:
-    """The folder with train/ and val/: `data_path`, or what the archive holds, unpacked once into `out`/images.
-
-    Raises:
-        InputError: neither.
-    """
-    if data_path.is_dir():
-        return data_path.resolve()
-    images = out / "images"
-    if not images.exists():
-        try:
-            with _made(images) as folder, tarfile.open(data_path) as archive:
-                archive.extractall(folder, filter="data")
-        except (OSError, tarfile.TarError) as error:
-            raise InputError(
-                f"{data_path}: no folder, and can't be unpacked: {error}", argument="--data-path"
-            ) from error
-    nested = [path for path in images.glob("*/train") if path.is_dir()]
-    return nested[0].parent if nested and not (images / "train").is_dir() else images
-
-
-def link_images(source: Path, target: Path, keep: Any) -> None:
-    """`target`/<class>/ with links to those of `source`/<class>/'s sorted files whose number `keep` takes."""
-    if target.exists():
-        return
-    with _made(target) as folder:
-        for of_class in sorted(path for path in source.iterdir() if path.is_dir()):
-            (folder / of_class.name).mkdir(parents=True)
-            for number, file in enumerate(sorted(of_class.iterdir())):
-                if keep(number):
-                    (folder / of_class.name / file.name).symlink_to(file.resolve())
-
-
-def prepare_images(source: Path, out: Path, *, held_out: bool) -> Path:
-    """Folders of links: `out`/data to train and fine-tune on, `out`/probed, fewer, for the probes; both scanned."""
-    for split in ("train", "val"):
-        if not (source / split).is_dir():
-            raise InputError(f"{source}: has no {split}/<class>/", argument="--data-path")
-    validation = source / ("train" if held_out else "val")
-    data, probed = out / "data", out / "probed"
-    for folder in (data, probed):
-        folder.mkdir(parents=True, exist_ok=True)
-        link_images(validation, folder / "val", lambda n: not held_out or n % HELD_OUT == 0)
-    link_images(source / "train", data / "train", lambda n: not held_out or n % HELD_OUT)
-    link_images(data / "train", probed / "train", lambda n: n < PROBED_PER_CLASS)
-    for folder in (data, probed):
-        if not (folder / INDEX_FILE).exists():
-            with contextlib.redirect_stdout(io.StringIO()):
-                scan.main([str(folder)])
-    return data
 
 
 def read_plan(study: Study, args: argparse.Namespace) -> Plan:
@@ -343,6 +286,7 @@ def main(argv: Sequence[str] | None = None, *, sizes: Sizes | None = None, run: 
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])
     add("--rows", nargs="+", metavar="ROW", choices=[row.name for row in ALL_ROWS], help="default: all")
     add("--held-out", action="store_true", help="validate on a tenth of the training images, to choose on")
+    add("--images-per-class", type=int, help="to train on; of a new output folder (default: all)")
     args = parser.parse_args(argv)
     sizes = sizes or Sizes()
     out = args.output_dir = args.output_dir.resolve()
@@ -350,7 +294,9 @@ def main(argv: Sequence[str] | None = None, *, sizes: Sizes | None = None, run: 
         if row.missing and (not args.rows or row.name in args.rows):
             print(f"left out, train.py has no {', '.join(row.missing)}: {row.name}")
     try:
-        images = prepare_images(unpack(args.data_path, out), out, held_out=args.held_out)
+        images = prepare_images(
+            unpack(args.data_path, out), out, held_out=args.held_out, per_class=args.images_per_class
+        )
         ends = None if args.max_time is None else time.monotonic() + 60 * args.max_time
         study = Study(out, images, sizes, list(chosen(sizes, args.rows)), ends, run)
         plan = read_plan(study, args)
@@ -362,8 +308,8 @@ def main(argv: Sequence[str] | None = None, *, sizes: Sizes | None = None, run: 
     except InputError as error:
         print(f"study: {error}", file=sys.stderr)
         return EXIT_INPUT
-    except OutOfTime:
-        print("time is over; the same command goes on")
+    except (OutOfTime, KeyboardInterrupt):
+        print("stopped; the same command goes on")
         return EXIT_TERMINATED
     except subprocess.CalledProcessError as error:
         print(f"study: {error.cmd[0]} ended with code {error.returncode}: {error.cmd[-1]}.log", file=sys.stderr)

@@ -66,7 +66,10 @@ class Plan:
         ]
         lines += [f"  {name:18s} {self.images_per_s.get(name, 0):7.0f} images/s" for name in self.images_per_s]
         lines += [f"  {name:18s} {seconds / 60:7.1f} minutes" for name, seconds in self.estimates_s.items()]
-        return "\n".join([*lines, f"  {'all':18s} {total / 3600:7.2f} hours, want {self.hours:g}"])
+        lines.append(f"  {'all':18s} {total / 3600:7.2f} hours, want {self.hours:g}")
+        if total > 3600 * self.hours:
+            lines.append("One epoch each does not fit: take fewer --rows, or --images-per-class in another folder.")
+        return "\n".join(lines)
 
 
 def make_plan(

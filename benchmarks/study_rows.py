@@ -28,17 +28,17 @@ class Sizes:
 
     img_size: int = 32
     teacher: Mapping[str, Any] = field(
-        default_factory=lambda: {"patch_size": 4, "embed_dim": 192, "depth": 8, "num_heads": 6}
+        default_factory=lambda: {"patch_size": 4, "embed_dim": 128, "depth": 8, "num_heads": 4}
     )
     student: Mapping[str, Any] = field(
-        default_factory=lambda: {"patch_size": 4, "embed_dim": 96, "depth": 6, "num_heads": 6}
+        default_factory=lambda: {"patch_size": 4, "embed_dim": 64, "depth": 6, "num_heads": 4}
     )
     assistant: Mapping[str, Any] = field(
-        default_factory=lambda: {"patch_size": 4, "embed_dim": 144, "depth": 6, "num_heads": 6}
+        default_factory=lambda: {"patch_size": 4, "embed_dim": 96, "depth": 6, "num_heads": 4}
     )
     target_block: int = 6
     decoder: Mapping[str, int] = field(
-        default_factory=lambda: {"decoder_embed_dim": 96, "decoder_depth": 1, "decoder_num_heads": 3}
+        default_factory=lambda: {"decoder_embed_dim": 64, "decoder_depth": 1, "decoder_num_heads": 2}
     )
     batch_size: int = 64
 

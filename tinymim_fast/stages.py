@@ -81,7 +81,7 @@ def launch(stages: Stages, log: Path, launcher: Sequence[str], program: str, *fl
             stdout=file,
             stderr=subprocess.STDOUT,
             start_new_session=True,  # so that Ctrl-C, too, reaches them by this process alone
-            preexec_fn=_end_with_parent,
+            preexec_fn=end_with_parent,
         )
         try:
             ended = False
@@ -106,7 +106,7 @@ def launch(stages: Stages, log: Path, launcher: Sequence[str], program: str, *fl
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None  # not loaded between fork and exec
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """The launcher gets SIGTERM when the process that started it is gone; its ranks then notice, save and end."""
     if _LIBC is not None:
         _LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

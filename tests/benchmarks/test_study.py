@@ -2,7 +2,12 @@
 
 import json
 import math
+import os
+import signal
+import subprocess
+import sys
 import tarfile
+import time
 from dataclasses import replace
 
 import pytest
@@ -13,7 +18,7 @@ import study
 import study_report
 from study_plan import TEACHER_SHARE, Plan, make_plan
 from study_rows import Sizes, chosen, distil_flags, finetune_flags, pretrain_flags, rows
-from support.programs import TINY, run_forked
+from support.programs import ROOT, TINY, run_forked
 from tinymim_fast.config import parse
 from tinymim_fast.errors import EXIT_INPUT, EXIT_TERMINATED, InputError
 from tinymim_fast.tasks.distill import DistillConfig
@@ -89,6 +94,40 @@ def test_it_stops_goes_on_and_begins_nothing_twice(arguments):
     assert of_scratch["--checkpoint"] == "none" and of_relations["--checkpoint"].endswith("relations_seed1")
 
 
+PROGRAM = """
+import pathlib, signal, sys, time
+def save(*_):
+    pathlib.Path(sys.argv[1]).write_text("saved")
+    sys.exit(75)
+signal.signal(signal.SIGTERM, save)
+print("ready", flush=True)
+time.sleep(60)
+"""
+START = (
+    "import sys; import study; study.PACKAGE = study.Path(sys.argv[1]); study.start_program(sys.argv[2:], sys.stdout)"
+)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_a_program_saves_when_the_study_is_killed(number, tmp_path):
+    (tmp_path / "program.py").write_text(PROGRAM)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "benchmarks"), str(ROOT)])}
+    command = [sys.executable, "-c", START, str(tmp_path), "program.py", str(tmp_path / "saved")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment)
+    try:
+        while "ready" not in (line := process.stdout.readline()):
+            assert line, "it ended"
+        process.send_signal(number)
+        process.wait(30)
+        deadline = time.monotonic() + 30
+        while not (tmp_path / "saved").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert (tmp_path / "saved").exists()
+    finally:
+        process.kill()
+
+
 def test_a_program_that_fails_is_named(arguments, capsys):
     argv, _ = arguments
     assert study.main(argv, sizes=SIZES, run=lambda command, log: 2) == 1
@@ -143,6 +182,7 @@ def test_the_plan_fits_the_hours():
         assert 0.6 * hours < used <= hours and made.estimates_s["teacher"] <= TEACHER_SHARE * 3600 * hours
         assert made.finetune_epochs - made.pretrain_epochs in (0, 1)
     assert plan(40.0)[0].pretrain_epochs > plan(12.0)[0].pretrain_epochs >= 1
+    assert "does not fit" in plan(0.5)[0].describe() and "does not fit" not in plan(12.0)[0].describe()
     assert "all" in plan(12.0)[0].describe() and "fp32" in plan(12.0)[0].describe()
 
 
@@ -196,6 +236,8 @@ def test_held_out_images_are_none_that_are_trained_on(image_folder, tmp_path):
         p.resolve() for p in (image_folder / "train").rglob("*") if p.is_file()
     }
     assert len(validated) == 16, "one of six in each of 16 classes"
+    few = study.prepare_images(image_folder, tmp_path / "few", held_out=False, per_class=2)
+    assert len(list((few / "train").rglob("*.jpg"))) == 32 == len(list((few / "val").rglob("*.jpg")))
 
 
 def test_an_archive_is_unpacked_once(image_folder, tmp_path):

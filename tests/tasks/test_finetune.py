@@ -121,7 +121,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(whole, image_folder, tmp_pat
     try:
         run.wait_for("step 8/")
         os.kill(run.pid, signal.SIGTERM)
-        output, _ = run.communicate(60)
+        output, _ = run.communicate(180)
     finally:
         run.kill()
     assert run.returncode == EXIT_TERMINATED, output

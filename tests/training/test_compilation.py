@@ -2,6 +2,8 @@
 
 import json
 import logging
+import os
+import signal
 import time
 from types import SimpleNamespace
 
@@ -15,10 +17,11 @@ from torch._inductor.utils import fresh_cache
 
 pytest.importorskip("deepspeed")
 
-from support.programs import distill_flags
+from support.programs import distill_flags, start_ranks
 from support.rank_worker import train_and_record
-from support.runs import distil, losses
+from support.runs import distil, last_step, losses
 from tinymim_fast.batches import BatchPlan
+from tinymim_fast.errors import EXIT_TERMINATED
 from tinymim_fast.training.compilation import Compiler, wanted
 from tinymim_fast.training.progress import Progress
 
@@ -64,6 +67,29 @@ def test_a_compiled_run_resumes_exactly(world, image_folder, teacher_file, tmp_p
     train_and_record(world, None, 7, flags)
     distil(world, *flags)
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_two_compiled_ranks_save_at_sigterm_and_go_on(world, image_folder, teacher_file, tmp_path):
+    """Against an eager run of one rank, without a signal."""
+    base = {"bf16": "false", "teacher_precision": "fp32", "drop_path": 0, "epochs": 20, "checkpoint_minutes": 0}
+    distil(world, *distill_flags(image_folder, teacher_file, tmp_path / "whole", **base))
+    flags = distill_flags(image_folder, teacher_file, tmp_path / "cut", **base, compile="true")
+    # no pool of compiling processes beside two ranks
+    runs = start_ranks("train", *flags, TORCHINDUCTOR_COMPILE_THREADS="1")
+    try:
+        runs[0].wait_for("step 2/", 400)
+        for run in runs:
+            os.kill(run.pid, signal.SIGTERM)
+        outputs = [run.communicate(120)[0] for run in runs]
+    finally:
+        for run in runs:
+            run.kill()
+    assert [run.returncode for run in runs] == [EXIT_TERMINATED] * 2, outputs
+    assert "compile: 2 graphs in" in outputs[0] and "compiled again" not in outputs[0], outputs[0]
+    assert 2 <= last_step(tmp_path / "cut") < 120, "stopped before the end, or the test shows nothing"
+    distil(world, *flags)
+    np.testing.assert_allclose(losses(tmp_path / "cut"), losses(tmp_path / "whole"), rtol=1e-3)
 
 
 @pytest.mark.parametrize("lacks", ["compiler", "graph"])

@@ -36,16 +36,7 @@ class PixelDecoder(nn.Module):
         norm_pix_loss: bool,
     ):
         super().__init__()
-        self._build(encoder, decoder_embed_dim, decoder_depth, decoder_num_heads, norm_pix_loss)
-
-    def _build(
-        self,
-        encoder: VisionTransformer,
-        decoder_embed_dim: int,
-        decoder_depth: int,
-        decoder_num_heads: int,
-        norm_pix_loss: bool,
-    ) -> None:
+        self._take_over(encoder)
         self.patch_size = encoder.patch_embed.patch_size
         self.num_prefix_tokens = prefix = encoder.num_prefix_tokens
         self.norm_pix_loss = norm_pix_loss
@@ -66,6 +57,9 @@ class PixelDecoder(nn.Module):
                 if isinstance(module, nn.Linear):
                     nn.init.xavier_uniform_(module.weight)
                     nn.init.zeros_(module.bias)
+
+    def _take_over(self, encoder: VisionTransformer) -> None:
+        """Before the decoder is made; here the encoder is another module's."""
 
     def patchify(self, images: torch.Tensor) -> torch.Tensor:
         """Pixels by patch, (B, L, patch_h * patch_w * 3), from images (B, 3, H, W)."""
@@ -119,7 +113,6 @@ class MaskedAutoencoder(PixelDecoder):
         decoder_num_heads: int,
         norm_pix_loss: bool,
     ):
-        nn.Module.__init__(self)
         if (
             encoder.num_prefix_tokens != 1
             or encoder.no_embed_class
@@ -131,10 +124,19 @@ class MaskedAutoencoder(PixelDecoder):
                 "register tokens and a fixed image size",
                 argument="model",
             )
-        self.num_visible = num_visible(mask_ratio, encoder.patch_embed.num_patches)
+        visible = num_visible(mask_ratio, encoder.patch_embed.num_patches)
         init_mae_style(encoder, pos_embed="sincos")
+        super().__init__(
+            encoder,
+            decoder_embed_dim=decoder_embed_dim,
+            decoder_depth=decoder_depth,
+            decoder_num_heads=decoder_num_heads,
+            norm_pix_loss=norm_pix_loss,
+        )
+        self.num_visible = visible
+
+    def _take_over(self, encoder: VisionTransformer) -> None:
         self.encoder = encoder
-        self._build(encoder, decoder_embed_dim, decoder_depth, decoder_num_heads, norm_pix_loss)
 
     def encode(self, images: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
         """Class token and visible patches, (B, 1 + V, C), from images and patch numbers `visible` (B, V)."""
