@@ -7,8 +7,9 @@ through a kernel's machine code the shortest is counted, its loop as often as N 
 launch, for rows that need their maximum, counts as returning at once. Instructions and MUFU are per (query, key) pair
 that the tiles hold, padding included, and per lane. issue_us is the time in which an H200 (132 SMs at 1.75 GHz)
 issues them at four warp instructions per clock and SM, for B=256, H=12: a lower bound, not a timing. simulated_us is
-what latency.py makes of the same path on the target's own GPU, for three sets of latencies; empty where it does not
-know an instruction. AMD code is counted statically, and has neither.
+what latency.py makes of the same path on the target's own GPU; empty where it does not know an instruction. Latencies
+are Hopper's on every target: for sm_90 in three sets, elsewhere, where the figure is good for ranking alone, the middle
+one. AMD code is counted statically, and has neither.
 """
 
 import argparse
@@ -168,6 +169,8 @@ def simulated_us(target: str, launch: Launch, code: list[Instruction], blocks: i
     """By the simulation's latencies, of programs that take the traces in equal parts; empty if not modelled."""
     gpu, figures = sm_model.GPUS[target], {}
     for name, latencies in LATENCIES.items():
+        if target != "sm_90" and latencies is not sm_model.MIDDLE:
+            continue
         try:
             clocks = [
                 latency.clocks_per_block(code, trace, launch.num_warps, blocks, latencies, gpu) for trace in traces

@@ -14,12 +14,16 @@ their instructions clock by clock. Assumed is:
 - A wgmma begins when its four warps have issued it and the matrix unit, one for the SM, is free; m64nNk16 keeps it
   busy for N/2 clocks, and for as long as its operands take out of shared memory.
 - A block that ends gives its place to the next one after a pause. Simulated are a few blocks; the time of one is what
-  they take, without those that fill the SM first.
+  they take, without those that fill the SM first. Two blocks an SM begin 700 clocks apart, and by as much more as the
+  kernel's NANOSLEEP says (device_math.stagger). That counts: blocks close to each other stay in step, and take up to
+  30 % longer than half a block of queries apart. So they do where memory latencies vary by 30 %.
 
 Latencies are not published. Three sets stand for what is known from microbenchmarks of Hopper (Luo et al. 2024,
 arXiv 2402.13499, and the like): OPTIMISTIC, MIDDLE, PESSIMISTIC. `attention_error` tells how far the simulation is from
-published times of a Triton attention forward. Not modelled: misses of the instruction cache, bank conflicts,
-contention for L2 and memory, throttled clocks, TMA, mbarriers and tcgen05 (code with these is refused).
+published times of a Triton attention forward. sm_80, sm_89 and sm_100 have clocks, units and sizes of their own but
+Hopper's latencies: their times rank designs for one of them, and nothing else. Not modelled: misses of the instruction
+cache, bank conflicts, contention for L2 and memory, throttled clocks, TMA, mbarriers and tcgen05 (code with these is
+refused).
 """
 
 import math
@@ -102,6 +106,8 @@ class Simulation:
         steps = {i: Step(code[i], latencies, spills_in_l2) for i in set(trace)}
         self.steps = [steps[i] for i in trace]
         self.num_warps, self.slots, self.num_blocks, self.latencies = num_warps, slots, num_blocks, latencies
+        sleeps = [int(i.operands, 16) * gpu.mhz / 1000 for i in code if i.operation == "NANOSLEEP"]
+        self.sleep = round(max(sleeps, default=0))
         self.clocks = {FMA: gpu.fma, ALU: 2, IMAD: 2, XU: 8, MEM: 2, HMMA: gpu.hmma}
         self.free = [[0] * 7 for _ in range(4)]  # when each unit of a sub-core takes the next instruction
         self.shared_free = self.matrix_free = 0
@@ -115,7 +121,7 @@ class Simulation:
     def run(self) -> "Simulation":
         """Until all blocks have ended: `ends`, `busy` and `waited` are in clocks."""
         for slot in range(min(self.slots, self.num_blocks)):
-            self._launch(700 * slot)
+            self._launch(700 * slot + slot % 2 * self.sleep)
         while any(self.sub_cores):
             clock = min(self.wake)
             if clock == NEVER:

@@ -140,13 +140,18 @@ def executed(
     With `long_way_out` nothing behind the loop is skipped: the gradient of a relation of a tensor with itself.
     """
     after = successors(code)
-    exits = {i for i, instruction in enumerate(code) if instruction.opcode == "EXIT" and not instruction.predicate}
-    exits |= {i for i, instruction in enumerate(code) if instruction.opcode == "EXIT" and skip_loop}
+    ends = {i for i, instruction in enumerate(code) if instruction.opcode == "EXIT"}
+    # With a loop around all others, the last exit is conditional too.
+    exits = ends if skip_loop else ({i for i in ends if not code[i].predicate} or ends)
     # Backward jumps: the widest is the loop over tiles, others wait for a barrier and are passed once.
     loops = [(i, j) for i, targets in enumerate(after) for j in targets if j < i]
     if skip_loop or not loops:
         return shortest_path(after, 0, exits)
-    latch, header = max(loops, key=lambda loop: loop[0] - loop[1])
+    # The second launch has a loop over maps around that over tiles, which alone cannot pass by the exponentials.
+    exponentials = {
+        loop: sum(code[i].opcode == "MUFU.EX2" for i in shortest_path(after, loop[1], {loop[0]})) for loop in loops
+    }
+    latch, header = max(loops, key=lambda loop: (exponentials[loop], loop[0] - loop[1]))
     # The loop is left behind its last instruction, or at its first.
     way_out = shortest_path(after, latch, exits, (latch, header))[1:] or shortest_path(after, header, exits)
     way_in, once = shortest_path(after, 0, {header})[:-1], shortest_path(after, header, {latch})

@@ -18,12 +18,16 @@ class SinglePassTile:
         num_warps, num_stages: of the launch, and of the loop over tiles.
         key_groups: parts of a row that different threads hold; where it fits the layout that Triton gives the maps,
             keys beyond N cost no instructions.
+        ahead: queries are read behind the exponentials of the block before, not at the head of their own.
+        staggered: of two programs on an SM, one of the first begins half a block later; see device_math.stagger.
     """
 
     block_queries: int
     num_warps: int
     num_stages: int = 1
     key_groups: int = 1
+    ahead: bool = False
+    staggered: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +100,7 @@ def default(problem: Problem) -> SinglePassTile | TiledTile:
     On sm_90 that is whole rows on four warps, two blocks an SM of which one computes while the other waits, as long as
     spilled registers stay in L1; else half rows on eight warps. Elsewhere, what compiles without spills.
     """
-    bucket, num_stages = problem.bucket, 1
+    bucket, num_stages, whole_rows = problem.bucket, 1, False
     wide = problem.head_dim_s > 16 or problem.head_dim_t > 64
     if bucket <= 32:
         block_queries, num_warps, key_groups = 16, 1, 1
@@ -110,7 +114,12 @@ def default(problem: Problem) -> SinglePassTile | TiledTile:
         block_queries, num_warps, key_groups = 16, min(4, bucket // 32), 1
     for stages in dict.fromkeys((num_stages, 1)):
         tile = SinglePassTile(
-            block_queries=block_queries, num_warps=num_warps, num_stages=stages, key_groups=key_groups
+            block_queries=block_queries,
+            num_warps=num_warps,
+            num_stages=stages,
+            key_groups=key_groups,
+            ahead=whole_rows and bucket == 256 and problem.d_y and problem.head_dim_s == 16,
+            staggered=whole_rows and bucket >= 128,
         )
         if fits_single_pass(problem, tile):
             return tile
@@ -123,7 +132,8 @@ def default_tiled(problem: Problem) -> TiledTile:
     if max(problem.head_dim_s, problem.head_dim_t) > WHOLE_WIDTH:
         block_queries, block_keys, num_warps = (16, 16, 4) if problem.itemsize == 4 else (64, 32, 8)
     elif problem.itemsize == 4:
-        block_queries, block_keys, num_warps = 32, 16, 4
+        # On sm_90 64 queries fill a wgmma, of which TF32 products are made.
+        block_queries, block_keys, num_warps = (64 if problem.arch == "sm_90" and not wide else 32), 16, 4
     elif problem.arch == "sm_100":
         block_queries, block_keys, num_warps = 128, 32, 8 if wide else 4
     elif problem.arch in ROOMY:
@@ -160,12 +170,20 @@ def candidates(problem: Problem) -> Iterator[SinglePassTile | TiledTile]:
             for num_warps in (1, 2, 4, 8):
                 elements = block_queries * problem.bucket // (32 * num_warps)  # of each map, in one thread
                 if 16 <= elements <= 128:
-                    for key_groups, num_stages in product({1, max(1, 16 * num_warps // block_queries)}, (1, 2, 3)):
+                    groups = {1, max(1, 16 * num_warps // block_queries)}
+                    # Read ahead, queries need no stages; staggered are programs of which two fill an SM.
+                    for key_groups, (num_stages, ahead), staggered in product(
+                        groups,
+                        ((1, False), (1, True), (2, False), (3, False)),
+                        (False, True) if num_warps == 4 and elements >= 64 else (False,),
+                    ):
                         yield SinglePassTile(
                             block_queries=block_queries,
                             num_warps=num_warps,
                             num_stages=num_stages,
                             key_groups=key_groups,
+                            ahead=ahead,
+                            staggered=staggered,
                         )
     for block_queries in (32, 64, 128):
         for block_keys in (32, 64, 128):

@@ -86,6 +86,35 @@ def test_a_second_block_fills_the_waits_of_the_first():
     assert 0.45 * alone < shared < 0.6 * alone
 
 
+def test_a_block_that_sleeps_first_begins_later():
+    """A NANOSLEEP off the simulated path is of the second block on an SM."""
+    program = [("BRA", " 0x20", 1), ("NANOSLEEP", " 0x3e8", 1), *[ADD] * 10, END]
+    code = [Instruction(16 * i, "", *instruction) for i, instruction in enumerate(program)]
+    trace = [0, *range(2, len(code))]
+    asleep, awake = (
+        latency.Simulation(those, trace, 4, 2, 2).run().ends for those in (code, [code[0], *[code[2]] * 2, *code[3:]])
+    )
+    assert asleep[0] == awake[0] and asleep[1] - awake[1] == 1750  # 1,000 ns
+
+
+def test_the_loop_over_tiles_is_found_inside_another():
+    exponential, jump = ("MUFU.EX2", "R0, R0"), lambda where: ("BRA", f" {16 * where:#x}")
+    program = [
+        ("", *ADD[:2]),
+        ("@P0", "EXIT", ""),  # nothing to do
+        ("", *ADD[:2]),  # the loop over maps
+        ("@P1", *jump(7)),
+        ("", *exponential),  # the loop over tiles
+        ("", *ADD[:2]),
+        ("@P2", *jump(4)),
+        ("@P3", "EXIT", ""),
+        ("", *jump(2)),
+    ]
+    code = [Instruction(16 * i, predicate, *rest) for i, (predicate, *rest) in enumerate(program)]
+    assert sass.executed(code, 3) == [0, 1, 2, 3, *[4, 5, 6] * 3, 7]
+    assert sass.executed(code, 3, skip_loop=True) == [0, 1]
+
+
 def test_spills_are_slower_in_l2():
     spill = [("LDL", "R4, [R1]", 1, (), 0), ("FADD", "R0, R4, R4", 4, (0,))]
     code = [Instruction(16 * i, "", *instruction) for i, instruction in enumerate([*spill * 5, END])]

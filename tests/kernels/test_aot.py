@@ -17,7 +17,7 @@ REPORT = ROOT / "benchmarks" / "aot_report.py"
 # At N=197, D_t=64, by D_s: microseconds in which an H200 issues one relation's instructions at B=256, H=12.
 ISSUE_US = {16: 115, 32: 125, 64: 150}
 # What the shipped tiles take by the simulation's middle latencies: QK and VV with gradients, and one relation without.
-SIMULATED_US = {16: (545, 165), 32: (660, 165), 64: (815, 175)}
+SIMULATED_US = {16: (410, 155), 32: (585, 155), 64: (805, 170)}
 # Dwords that the shipped tiles of sm_90 spill, at most, where two blocks an SM on four warps pay for it in the
 # simulation with all spills in L2; benchmarks/NOTES.md has the figures. Everything else spills nothing.
 SPILLS = {
@@ -25,6 +25,8 @@ SPILLS = {
     ("197", "64", "bfloat16", "d_x"): 15,
     ("128", "64", "float16", "qk+vv"): 20,
 }
+# The second launch, whose loop over maps takes a few registers, where rows need their maximum.
+SPILLS_OF_EXACT = 3
 
 
 def report_of_sm_90(folder: Path, *flags: str) -> list[dict[str, str]]:
@@ -76,6 +78,8 @@ def test_no_spills(rows, committed):
     for row in rows + committed:
         shape = tuple(row[name] for name in ("num_tokens", "head_dim_s", "dtype", "use"))
         allowed = SPILLS.get(shape, 0) if row["target"] == "sm_90" and row["head_dim_t"] == "64" else 0
+        if row["kernel"] == "single_pass_exact":
+            allowed = max(allowed, SPILLS_OF_EXACT)
         assert int(row["spill_stores"]) <= allowed and int(row["spill_loads"]) <= allowed, row
 
 

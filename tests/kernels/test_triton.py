@@ -19,7 +19,7 @@ from support.relations import (
     loss_and_grads,
     packed,
 )
-from tinymim_fast.kernels import RelationLoss, backends, relation_kl, relation_loss, tiles, triton_backend
+from tinymim_fast.kernels import RelationLoss, backends, relation_kl, relation_loss, single_pass, tiles, triton_backend
 
 GPU = torch.cuda.is_available()
 needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(not GPU, reason="needs a CUDA device")]
@@ -73,7 +73,7 @@ def force(monkeypatch, kernel):
 
     def tile(operands):
         if kernel == "whole_rows" and triton_backend.INTERPRETED:
-            return tiles.SinglePassTile(block_queries=64, num_warps=4)
+            return tiles.SinglePassTile(block_queries=64, num_warps=4, ahead=True, staggered=True)
         if kernel == "whole_rows":
             pytest.skip("on a GPU the shipped choices are tested, as single_pass")
         if kernel == "single_pass":
@@ -339,6 +339,18 @@ def test_flags_mark_rows_that_need_their_maximum(monkeypatch):
     _, launches = triton_backend.plan(operands, triton_backend.choose_tile(operands))
     launches[0].run()
     assert launches[0].arguments["flags_ptr"].tolist() == [0, 1, 0]
+
+
+def test_many_flags_a_program(monkeypatch, place_of_kernel, assert_as_exact, poisoned):
+    """Programs of the second launch that have several maps to compute, one, and none."""
+    monkeypatch.setattr(single_pass, "MANY_PROGRAMS", 1)
+    tensors = inputs((2, 8, 33, 16, 64))
+    for z in tensors:
+        z[0, :3] *= 6
+        z[1, 1] *= 6
+    assert_relation_kl_as_exact(
+        assert_as_exact, on(place_of_kernel, tensors), place_of_kernel[1], "triton", reduction="none"
+    )
 
 
 def test_constant_rows(place_of_kernel):
