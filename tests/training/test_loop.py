@@ -166,7 +166,10 @@ def test_a_gradient_that_is_not_finite_ends_the_run_at_every_stage(
         ({"train_batch_size": 16, "train_micro_batch_size_per_gpu": 5}, "--train-batch-size: got 16"),
         ({"train_batch_size": 97}, "--train-batch-size: got 97 images a step for 96 images"),
         ({"student_model": "resnet18"}, "--student-model: resnet18"),
-        ({"student_model_kwargs": json.dumps({**TINY, "reg_tokens": 4})}, "student has 21 tokens.*teacher 17"),
+        (
+            {"tokens": "all", "student_model_kwargs": json.dumps({**TINY, "reg_tokens": 4})},
+            "student has 21 tokens.*teacher 17",
+        ),
         ({"deepspeed_config": "/no/ds.json"}, "--deepspeed-config: /no/ds.json can.t be read"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
