@@ -1,6 +1,6 @@
 """DeepSpeed, and nothing of vision transformers: start-up, optimizer, ZeRO, mixed precision, optimizer state.
 
-What DeepSpeed is told is worked out in deepspeed_config.py.
+What DeepSpeed is told is worked out in deepspeed_config.py; what of its step is replaced is in deepspeed_step.py.
 """
 
 from __future__ import annotations
@@ -16,9 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import deepspeed
-import deepspeed.runtime.bf16_optimizer
-import deepspeed.runtime.zero.stage3
-import deepspeed.runtime.zero.stage_1_and_2
 import safetensors
 import safetensors.torch
 import torch
@@ -36,6 +33,7 @@ from deepspeed.utils import (
 )
 from torch import nn
 
+from tinymim_fast.deepspeed_step import gradient_norm
 from tinymim_fast.distributed import (
     World,
     complete_environment,
@@ -116,8 +114,6 @@ class Engine:
         ds_config: what DeepSpeed was told in the end.
     """
 
-    looking = False  # whether the step that DeepSpeed takes now looks at the gradient's norm
-
     def __init__(
         self,
         model: nn.Module,
@@ -190,7 +186,7 @@ class Engine:
         With `skip_nonfinite`, where the gradient is not finite, on any rank, weights and moments stay on all of them,
         and `step_applied` is False until the next step. The learning rate goes on: it is a function of the step.
         """
-        Engine.looking = self._looks_at_gradients
+        gradient_norm.looked_at = self._looks_at_gradients
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()
             return
@@ -372,51 +368,6 @@ def save_state(folder: Path, state: Mapping[str, torch.Tensor], client_state: Ma
     """
     path = folder / STATE
     safetensors.torch.save_file(dict(state), path, {"format": "pt", "client_state": json.dumps(client_state)})
-
-
-def _leave_gradients_on_the_device() -> None:
-    """No bool of the gradient's norm in each step, but where `Engine.step` asks for it.
-
-    By itself DeepSpeed makes one, drops the step in silence where the norm isn't finite, and lets the schedule lag from
-    then on. Here such a step makes the weights NaN, and the loss after it, which the loop looks at; or, with
-    `skip_nonfinite`, it is left out, and said to be.
-    """
-    for module in (
-        deepspeed.runtime.bf16_optimizer,
-        deepspeed.runtime.zero.stage_1_and_2,
-        deepspeed.runtime.zero.stage3,
-    ):
-        asked = module.is_invalid_grad_norm
-        module.is_invalid_grad_norm = lambda norm, asked=asked: Engine.looking and asked(norm)
-    deepspeed.runtime.bf16_optimizer.clip_tensors_by_global_norm = _clip
-    deepspeed.runtime.bf16_optimizer.get_global_norm_of_tensors = _global_norm
-    deepspeed.runtime.bf16_optimizer.BF16_Optimizer._update_hp_grad = _add_gradient
-
-
-def _clip(input_tensors: list[torch.Tensor], max_norm: float, global_norm: torch.Tensor, mpu: object = None) -> None:
-    """DeepSpeed's, without its question whether there is anything to clip."""
-    torch._foreach_mul_(input_tensors, (max_norm / (global_norm + 1e-6)).clamp(max=1.0))
-
-
-def _global_norm(input_tensors: list[torch.Tensor], mpu: object = None, norm_type: float = 2.0) -> torch.Tensor:
-    """DeepSpeed's, -1 where it is not finite, in a few kernels instead of one for each parameter."""
-    norm = torch.stack(torch._foreach_norm(input_tensors, norm_type)).pow(norm_type).sum().pow(1 / norm_type)
-    return torch.where(norm.isfinite(), norm, -1.0)
-
-
-def _add_gradient(optimizer: Any, parameter: nn.Parameter, group: int, index: int, clear_lp_grads: bool) -> None:
-    """DeepSpeed's sum of a parameter's bf16 gradients in fp32, in one kernel instead of two."""
-    if parameter.grad is None:
-        return
-    total = optimizer.fp32_groups_gradients[group][index]
-    total.data.add_(parameter.grad.data.view(total.shape))
-    parameter._hp_grad = total
-    optimizer.fp32_groups_has_gradients[group][index] = True
-    if clear_lp_grads:
-        parameter.grad.zero_()
-
-
-_leave_gradients_on_the_device()
 
 
 @contextlib.contextmanager
