@@ -1,5 +1,6 @@
 """What a weights file may make timm do: build a plain model of the sizes that it says, and nothing else."""
 
+import inspect
 import json
 import socket
 
@@ -14,6 +15,7 @@ from tinymim_fast.export import main as export_main
 from tinymim_fast.models import vit
 from tinymim_fast.models.architecture import KWARGS, check_kwargs, check_name
 from tinymim_fast.models.checkpoints import load_encoder
+from tinymim_fast.models.star import WiderHeads
 
 NAME = "vit_tiny_patch16_224"
 SMALL = {"patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
@@ -186,10 +188,11 @@ def test_flags_go_through_the_same_door(flag):
 
 
 def test_every_listed_argument_is_timms():
-    """A name that timm drops or renames would silently be ignored by its **kwargs."""
-    import inspect
-
-    assert set(KWARGS) <= set(inspect.signature(timm.models.VisionTransformer.__init__).parameters)
+    """A name that timm drops or renames would silently be ignored by its **kwargs; one is of a model of ours."""
+    timms, ours = (
+        set(inspect.signature(kind.__init__).parameters) for kind in (timm.models.VisionTransformer, WiderHeads)
+    )
+    assert set(KWARGS) <= timms | ours and set(KWARGS) - timms == {"pre_head_dim"}
 
 
 def test_the_door_gives_what_passes():
